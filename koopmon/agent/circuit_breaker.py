@@ -18,7 +18,7 @@ logger = logging.getLogger("koopmon.agent")
 _breakers: weakref.WeakSet[CircuitBreaker] = weakref.WeakSet()
 # Looked up once, because each forward asks for them.
 _tracing_state, _transform = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
-_dispatch_mode, _is_compiling = torch._C._get_dispatch_mode, torch.compiler.is_compiling
+_dispatch_mode, _is_tracing = torch._C._get_dispatch_mode, torch.compiler.is_dynamo_compiling
 _FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
 
 
@@ -60,10 +60,14 @@ class CircuitBreaker:
         try:
             return body(*args)
         except Exception as error:
-            raise_from_signal(error)  # raised by a signal handler of the user's that ran during the hook
-            if not is_foreign():
-                self.trip(getattr(body, "__name__", "hook"), error)
+            self.caught(body, error)
             return None
+
+    def caught(self, body: Callable[..., Any], error: Exception) -> None:
+        """Handle `error`, which `body` has raised."""
+        raise_from_signal(error)  # raised by a signal handler of the user's that ran during the hook
+        if not is_foreign():
+            self.trip(getattr(body, "__name__", "hook"), error)
 
     def hook(self, body: Callable[..., Any], traced: Callable[..., Any] | None = None) -> GuardedHook:
         """Return `body` as a hook for a module or an optimizer. A compiler puts `traced` into its graph instead."""
@@ -87,11 +91,18 @@ class GuardedHook:
 
     def __call__(self, *args: Any) -> Any:
         # A compiler that traced the hook body would break the graph at every block.
-        if _is_compiling():
-            if self._traced is not None and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        if _is_tracing() or torch.compiler._is_compiling_flag:
+            if self._traced is not None and _is_tracing() and not torch.compiler.is_exporting():
                 self._traced(*args)
             return None
-        return self._breaker.run(self._body, *args)
+        breaker = self._breaker
+        if breaker.tripped:
+            return None
+        try:  # as `CircuitBreaker.run`, without its call
+            return self._body(*args)
+        except Exception as error:
+            breaker.caught(self._body, error)
+            return None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A callable of the standard library that takes anything and returns None: no file needs koopmon to be read.

@@ -101,6 +101,10 @@ class LifeCycleState:
         """Plan the work after `step` optimizer steps. Returns True if the next training forward is a snapshot."""
         return False
 
+    def next_work(self, step: int) -> int:
+        """Return the first step after `step` with work in `before_step` or `after_step`, if no request comes."""
+        return step + 1
+
 
 class WaitingForRanks(LifeCycleState):
     """The state before the ranks are known. It ends with the first training forward at the latest."""
@@ -138,6 +142,9 @@ class Watching(RankedState):
             return step in self.rank.schedule.plan(step, step, self.control)
         return self.rank.schedule.unagreed(step, self.control)
 
+    def next_work(self, step: int) -> int:
+        return self.rank.schedule.next_due(step, self.control)
+
 
 class Acting(Watching):
     """The state of an agent that also applies commands."""
@@ -167,6 +174,9 @@ class Acting(Watching):
 
     def after_step(self, step: int) -> bool:
         return self._actuator.after_step(step)
+
+    def next_work(self, step: int) -> int:
+        return self._actuator.next_work(step)
 
 
 class StoodDown(LifeCycleState):

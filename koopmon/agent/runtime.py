@@ -29,10 +29,11 @@ from koopmon.agent.control.loop_requests import LoopRequest
 from koopmon.agent.control.new_optimizers import listen
 from koopmon.agent.control.optimizer_set import OptimizerSet, parameter_ids
 from koopmon.agent.control.rank_group import RankGroup
-from koopmon.agent.control.step_clock import StepClock, is_nested, stepping_optimizers
+from koopmon.agent.control.step_clock import StepClock, is_nested, may_be_nested, stepping_optimizers
 from koopmon.agent.lifecycle import LifeCycle, RankedState, StoodDown, WaitingForRanks, Watching
 from koopmon.agent.notices import Notices
 from koopmon.agent.parallelism import ParallelLayout, takes_uneven_inputs
+from koopmon.agent.quiet_steps import QuietSteps
 from koopmon.agent.rank_identity import RankContext, current_context, default_run_name
 from koopmon.agent.roles import Roles
 from koopmon.agent.stats import AgentStats
@@ -156,6 +157,9 @@ class AgentRuntime:
             num_rows=self._num_rows,
             find_again=self._find_again if first else None,
         )
+        self._quiet = QuietSteps(self._clock, self.stats, self.optimizers, self.taps, self.lifecycle)
+        self._earned_seconds = 0.0
+        """Time of the steps that the budget has earned."""
         # Lasting actions have a breaker of their own, because they stay in force after the agent has failed.
         self._lasting_breaker = CircuitBreaker("learning-rate back-off")
         self._handles: list[Any] = []
@@ -180,6 +184,7 @@ class AgentRuntime:
         for other in self._beside:
             other.add_optimizer(optimizer)
         self._new_optimizers = True
+        self._quiet.end()
         for member in self.optimizers.add(optimizer):
             self._wrappers.discard(id(member))
             self._hook(member)
@@ -194,6 +199,10 @@ class AgentRuntime:
 
     def on_any_step(self, optimizer: Optimizer) -> None:
         """Follow an optimizer that has replaced the others of the model, or whose hooks the user has cleared."""
+        if self._quiet.on:
+            if not self._has_hooks(optimizer):
+                self._quiet.end()  # the next step of this optimizer comes after forwards that are seen
+            return
         if not self.closed and not self._compiled_step and not self._stepped and self.taps.num_forwards:
             self.breaker.run(self._follow_optimizer, optimizer)
 
@@ -202,8 +211,7 @@ class AgentRuntime:
         if model is None or next(stepping_optimizers(), optimizer) is not optimizer:
             return
         if hooks is not None:
-            tables: tuple[Any, Any] = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-            if all(handle.id in table for handle, table in zip(hooks, tables, strict=True)):
+            if self._has_hooks(optimizer):
                 return
             self._hook(optimizer)
             for other in self._beside:
@@ -215,6 +223,13 @@ class AgentRuntime:
         what = "the hooks of the optimizer are gone" if hooks else "another optimizer updates the model"
         text = f"{what}: follows {type(optimizer).__name__} from its next step on"
         log_for_job(logger, text, level=logging.INFO)
+
+    def _has_hooks(self, optimizer: Optimizer) -> bool:
+        handles = self._hooks_of.get(optimizer)
+        return handles is not None and (
+            handles[0].id in optimizer._optimizer_step_pre_hooks
+            and handles[1].id in optimizer._optimizer_step_post_hooks
+        )
 
     def _find_wrappers(self) -> None:
         """Replace the optimizers that wrap others. In their constructors, which add them, they do not hold these."""
@@ -268,6 +283,7 @@ class AgentRuntime:
     def close(self, reason: str) -> None:
         """Remove every hook, restore the user's own values and send a goodbye. Waits less than a second. Idempotent."""
         self.closed = True
+        self._quiet.on = False
         for other in self._beside:
             other.close(reason)
         # torch iterates over the hooks of an optimizer that steps. Those stay, without an effect.
@@ -476,6 +492,10 @@ class AgentRuntime:
     # Hooks of the optimizers.
 
     def _before_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if self._quiet.on:
+            if self._quiet.last(args, kwargs):
+                return None
+            self._quiet.end()
         if self.closed or is_nested(optimizer):
             return None
         self._stepped = True
@@ -513,6 +533,9 @@ class AgentRuntime:
             hooks.move_to_end(key)
 
     def _after_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._quiet.on:
+            self._quiet.count(optimizer)
+            return
         if self.closed or is_nested(optimizer):
             return
         if self._replaced and self._replaced.pop(id(optimizer), args[0]) is not args[0]:
@@ -523,6 +546,20 @@ class AgentRuntime:
             self._scalars.after_call(optimizer, args, kwargs)
         if self._clock.end(optimizer):
             self._end_step()
+            self._begin_quiet(optimizer)
+
+    def on_no_step(self) -> None:
+        self._quiet.end()
+
+    def _begin_quiet(self, optimizer: Optimizer) -> None:
+        """Leave out the work of the steps that have none, up to the next snapshot, copy or exchange."""
+        state, taps = self.lifecycle.state, self.taps
+        # With several ranks, one that does not step takes part in the exchanges at its forwards.
+        alone = isinstance(state, Watching) and state.rank.world.size == 1
+        if alone and taps.is_free and not self._compiled_step and not self._new_optimizers:
+            only = list(self.optimizers) == [optimizer] and id(optimizer) not in self._wrappers
+            if only and not may_be_nested(optimizer):
+                self._quiet.begin(optimizer, state.next_work(self.stats.step))
 
     def _end_step(self) -> None:
         self._clock.end_step()
@@ -550,7 +587,10 @@ class AgentRuntime:
         if self._snapshot is not None:
             self._send_snapshot()
         started = time.perf_counter()
-        self._budget.earn(self.stats.on_step_edge(started))
+        self.stats.on_step_edge(started)
+        elapsed = self.stats.elapsed_seconds
+        self._budget.earn(elapsed - self._earned_seconds)
+        self._earned_seconds = elapsed
         # Only snapshots are charged, because fewer of them make nothing else cheaper.
         self._budget.charge(self.stats.capture_seconds)
         for revert in self._others[1]:

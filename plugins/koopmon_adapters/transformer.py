@@ -316,11 +316,14 @@ def largest_logit(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     parts = output if isinstance(output, (tuple, list)) else (output,)
     starts = [part.grad_fn for part in parts if isinstance(part, Tensor) and part.grad_fn is not None]
     for node in _nodes(starts[:1]):
+        name = node.name()
+        if name in SOFTMAX:
+            return _formed(node)
+        if "Attention" not in name:
+            continue  # without a search for tensors that only fused kernels keep
         fused = _saved(node, "logsumexp", "log_sumexp")
         if fused is not None and (query := _saved(node, "query")) is not None and query.dim() == 4:
             return _largest(fused[..., : query.shape[-2]])  # some kernels pad the queries
-        if node.name() in SOFTMAX:
-            return _formed(node)
     return None
 
 
@@ -382,4 +385,4 @@ def _by_product(shares: Tensor, queries: Tensor, keys: Tensor, factor: float) ->
 
 def _largest(values: Tensor) -> Tensor:
     """Return the largest finite value. A query that sees no key has none."""
-    return torch.where(values.isfinite(), values, -math.inf).amax()
+    return values.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf).amax()

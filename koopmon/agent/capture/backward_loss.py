@@ -48,7 +48,8 @@ class BackwardLoss:
         self._breaker = breaker
         self._stats = stats
         # The accumulators are owned here, and must not own this object: a model that is dropped has to be freed.
-        self._hook = breaker.hook(_weakly(self._on_gradient))
+        self._last_task = _LastTask()
+        self._hook = breaker.hook(_once_per_task(_weakly(self._on_gradient), self._last_task))
         self._ended = breaker.hook(_weakly(self._on_backward_end))
         self._handles: list[Any] = []
         self._nodes: list[Any] = []
@@ -56,7 +57,6 @@ class BackwardLoss:
         self._listens = False
         self._root_handle: Any = None
         self._last_root: Callable[[], Tensor | None] = lambda: None
-        self._last_task = -1
         self._filled: list[Tensor] = []
         """Those of the parameters that held a gradient at the end of the last backward pass."""
         self._pending: Tensor | None = None
@@ -112,7 +112,7 @@ class BackwardLoss:
             handle.remove()
         self._handles, self._nodes, self._parameters, self._filled = [], [], [], []
         self._listens = self.maybe_scaled = False
-        self._last_root, self._last_task = (lambda: None), -1
+        self._last_root, self._last_task.number = (lambda: None), -1
         self._pending = self._sum = None
 
     def _add_to_sum(self, value: Tensor) -> None:
@@ -128,10 +128,8 @@ class BackwardLoss:
                 self._handles.append(function.register_prehook(self._hook))
 
     def _on_gradient(self, gradients: Sequence[Tensor | None]) -> None:
-        task = torch._C._current_graph_task_id()
-        if not self._listens or task == self._last_task:
+        if not self._listens:
             return
-        self._last_task = task
         started = time.perf_counter()
         self._note(backward_roots())
         self._stats.capture_seconds += time.perf_counter() - started
@@ -231,10 +229,7 @@ def _is_product(root: Tensor) -> bool:
 def _spread(parameters: list[Tensor]) -> list[Tensor]:
     """Return the smallest parameter of each of NUM_PARAMETERS parts of the model."""
     size = max(1, math.ceil(len(parameters) / NUM_PARAMETERS))
-    return [
-        min(parameters[start : start + size], key=lambda each: each.numel())
-        for start in range(0, len(parameters), size)
-    ]
+    return [min(parameters[start : start + size], key=Tensor.numel) for start in range(0, len(parameters), size)]
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -253,6 +248,29 @@ def _compiles_backward() -> bool:
     """Return True if torch compiles backward passes: a hook would be a part of the graph."""
     config = sys.modules.get("torch._dynamo.config")
     return bool(getattr(config, "compiled_autograd", False))
+
+
+class _LastTask:
+    """The number of the last task of the autograd engine that was seen."""
+
+    __slots__ = ("number",)
+
+    def __init__(self) -> None:
+        self.number = -1
+
+
+def _once_per_task(hook: Callable[..., None], last: _LastTask) -> Callable[..., None]:
+    """Return a function that calls `hook` for the first of the accumulators that a task of the engine reaches."""
+    current = torch._C._current_graph_task_id
+
+    def call(gradients: Sequence[Tensor | None]) -> None:
+        task = current()
+        if task != last.number:
+            last.number = task
+            hook(gradients)
+
+    call.__name__ = hook.__name__
+    return call
 
 
 def _weakly(method: Callable[..., None]) -> Callable[..., None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,23 +17,36 @@ class GradientNorm:
     def clear(self) -> None:
         """Forget all gradients."""
         self._norms: list[Tensor] = []
+        self.last: dict[int, Tensor] = {}
+        """The norm of each gradient of the last `add`, float32, without a scale, by the id of its parameter."""
         self._seen: set[int] = set()
         self._unknown = False
 
     def add(self, parameters: Iterable[Tensor], scale: Tensor | None = None) -> None:
         """Add the gradients of `parameters`; `scale` divides those that a GradScaler has left scaled."""
-        new = {id(each): each.grad for each in parameters if each.grad is not None and id(each) not in self._seen}
-        self._seen.update(new)
-        gradients = [_values(each) for each in new.values()]
-        # The norm of a DTensor needs the other ranks. A CUDA graph would repeat captured work in every replay.
-        if any(hasattr(each, "to_local") for each in gradients) or _is_captured(gradients):
+        self.last, seen = {}, self._seen
+        new: dict[int, Tensor] = {}
+        for each in parameters:
+            gradient = each.grad
+            if gradient is None or id(each) in seen:
+                continue
+            if type(gradient) is not Tensor and hasattr(gradient, "to_local"):
+                self._unknown = True  # the norm of a DTensor needs the other ranks
+            new[id(each)] = gradient.coalesce().values() if gradient.is_sparse else gradient
+        seen.update(new)
+        gradients = list(new.values())
+        # A CUDA graph would repeat captured work in every replay.
+        if _is_captured(gradients):
             self._unknown = True
         if not gradients or self._unknown:
             return
         with torch.no_grad():
             # In 16 bits a sum of squares soon overflows.
             wide = torch.float64 if gradients[0].dtype == torch.float64 else torch.float32
-            norm = _norm(list(torch._foreach_norm(gradients, 2.0, dtype=wide)))
+            norms = torch._foreach_norm(gradients, 2.0, dtype=wide)
+            if wide is torch.float32:
+                self.last = dict(zip(new, norms, strict=True))
+            norm = _norm(norms)
             self._norms.append(norm if scale is None else norm / scale.reshape(()).to(norm.device, norm.dtype))
 
     def end(self) -> Tensor | None:
@@ -48,11 +61,9 @@ def _is_captured(gradients: list[Tensor]) -> bool:
     return bool(gradients) and gradients[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _values(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _norm(parts: list[Tensor]) -> Tensor:
+def _norm(parts: Sequence[Tensor]) -> Tensor:
     first = parts[0]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([each.to(first.device, first.dtype) for each in parts]))
+    if {(each.device, each.dtype) for each in parts} != {(first.device, first.dtype)}:
+        parts = [each.to(first.device, first.dtype) for each in parts]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(list(parts)))
     return norm

@@ -56,7 +56,8 @@ class RankSnapshot:
 class Sampler:
     """Takes the same tokens at every point of one forward pass: `begin`, then `put` for each point in order, `finish`.
 
-    `share` is the number of tokens that this rank takes. Only the training thread calls it.
+    `share` is the number of tokens that this rank takes. Only the training thread calls it. States are detached, and
+    masks have no gradient: no method needs `no_grad`, whose guard takes as long as the copy of a small state.
     """
 
     def __init__(self, config: SamplingConfig, data_rank: int, share: int, stats: AgentStats) -> None:
@@ -94,7 +95,6 @@ class Sampler:
         """True between a `begin` that returned True and `finish` or `abandon`."""
         return self._slot is not None
 
-    @torch.no_grad()
     def begin(self, training: TrainingStep, stack: Stack, state: Tensor, mask: Tensor | None) -> bool:
         """Choose tokens and a buffer for a snapshot of `stack` that starts with `state`.
 
@@ -135,7 +135,6 @@ class Sampler:
         self._num_layers, self._paired = stack.num_layers, stack.form == "pairs"
         return True
 
-    @torch.no_grad()
     def put(self, point: int, state: Tensor) -> bool:
         """Copy the chosen rows of the state at `point`.
 
@@ -153,14 +152,12 @@ class Sampler:
         self._num_put += 1
         return True
 
-    @torch.no_grad()
     def repeat_to_end(self) -> None:
         """Put the last state at all remaining points: nothing has changed it."""
         for point in range(self._num_put, self._num_points):
             self._buffer[point].copy_(self._buffer[self._num_put - 1])
         self._num_put = self._num_points
 
-    @torch.no_grad()
     def finish(self) -> RankSnapshot | None:
         """Return the snapshot once every point was put. Otherwise count it as incomplete and return None."""
         slot = self._slot

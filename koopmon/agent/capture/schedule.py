@@ -10,6 +10,8 @@ from koopmon.config import CadenceConfig
 
 _LEAST_CAPACITY_SECONDS = 0.1
 _EMPTY = range(0)
+LAST = 1 << 62
+"""A step that never comes."""
 
 
 class OverheadBudget:
@@ -71,6 +73,17 @@ class SnapshotSchedule:
         if state.cadence_steps and step <= state.cadence_until_step:
             every = min(every, max(state.cadence_steps, config.dense_every))
         return every * math.ceil(self._stats.stride_limit.at(step) / every)
+
+    def next_change(self, step: int, state: ControlState) -> int:
+        """Return the first step after `step` from which on the interval may be another one, or `LAST` for none."""
+        known = (self._config.warmup_steps, state.cadence_until_step + 1, self._stats.stride_limit.from_step)
+        return min((each for each in known if each > step), default=LAST)
+
+    def next_due(self, step: int, state: ControlState) -> int:
+        """Return the first step after `step` for which `plan` may return a snapshot."""
+        following = step + 1
+        due = following if self._last is None else self._last + self.stride(following, state)
+        return max(following, min(due, self.next_change(following, state)))
 
     def plan(self, first: int, last: int, state: ControlState) -> range:
         """Return the snapshot steps within first..last."""

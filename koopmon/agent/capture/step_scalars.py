@@ -93,17 +93,18 @@ class StepScalars:
             self._vocabularies = vocabularies(model)
         self._has_whole_gradients = layout.has_whole_gradients
         if "loss" not in self._stats.logged:
-            parameters = (each for optimizer in self._optimizers for each in self._optimizers.updated_by(optimizer))
+            parameters = [each for optimizer in self._optimizers for each in self._optimizers.updated_by(optimizer)]
             self._loss.begin(parameters, model if layout.hides_parameters else None)
 
     def _before_call(self, optimizer: Optimizer, closure: bool) -> None:
+        self._norm.last = {}
         scaler = calling_scaler()
         if scaler is None and self._loss.maybe_scaled:
             scaler = self._scaler.find(optimizer)
         self._loss.unscale(None if scaler is None else scaler._scale)
         if not closure:
             self._add_gradients(optimizer)
-            self._signals.run(self._update.add, optimizer)
+            self._signals.run(self._update.add, optimizer, self._norm.last)
 
     def _add_gradients(self, optimizer: Optimizer) -> None:
         if self._has_whole_gradients and "grad_norm" not in self._stats.logged:

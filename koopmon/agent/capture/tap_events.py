@@ -45,6 +45,9 @@ class TapEvents(Protocol):
     def on_stacks_train(self, stacks: tuple[Stack, ...]) -> None:
         """Handle further stacks that have begun to train since the chain was verified."""
 
+    def on_no_step(self) -> None:
+        """Handle many forwards without a step, while they were not followed."""
+
     def on_snapshot_ready(self, snapshot: RankSnapshot) -> None:
         """Handle a complete snapshot."""
 

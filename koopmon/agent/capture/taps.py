@@ -43,6 +43,8 @@ from koopmon.state_position import SUM, argument_tensors, block_input, block_out
 from koopmon.wire.messages import TrainingStep
 
 MAX_MISSED = 3
+MAX_RESTED = 16
+"""Forwards without a step after which the forwards are followed again."""
 """Consecutive snapshots missed by the taps before one warning."""
 MAX_CHANGES = 16
 """Changes of the blocks that are followed."""
@@ -103,6 +105,10 @@ class ResidualTaps:
         """True if hooks were put back that others had removed."""
         self._always_hooked = False
         """True if the hooks of the blocks stay in the steps without work for them."""
+        self._resting = False
+        """True in steps without work, whose forwards are not followed."""
+        self._num_rested = 0
+        """Forwards of the root since the last step edge, while resting."""
         self._in_root = False
         self._last_layer: int | None = None
         """The layer that was called last by a loop that bypasses the root; None after a step edge."""
@@ -239,6 +245,11 @@ class ResidualTaps:
         return self._capture.due is not None
 
     @property
+    def is_free(self) -> bool:
+        """True if a chain is verified, and the next forwards have no work."""
+        return self.stack is not None and self._capture.due is None and not self._injections and not self.failure
+
+    @property
     def obstacle(self) -> str:
         """The reason why no action may change the stream; empty if one may."""
         inside = "the blocks run inside a compiled graph, which it cannot change"
@@ -294,7 +305,7 @@ class ResidualTaps:
         """
         if self.failure:
             return
-        uncalled = not self.num_forwards
+        uncalled = not self.num_forwards and not self._resting
         learned = self._trains_in_eval and not self.num_forwards  # the next forward counts as training
         if self._capture.due is not None or (self.stack is None and not self.num_forwards and not learned):
             self._missed()
@@ -317,6 +328,7 @@ class ResidualTaps:
         if self.stack is not None and not self._always_hooked:
             # A step without a forward of the root may have had one that began at a block.
             if due is not None or self._injections or uncalled:
+                self.listen()
                 self._hooks[self.stack.name].resume()
             elif compiles():
                 self._hook_always()
@@ -333,6 +345,22 @@ class ResidualTaps:
         if found:
             self.later = tuple(stack for stack in self.later if stack not in found)
             self._listener.on_stacks_train(tuple(found))
+
+    def rest(self) -> None:
+        """Follow no forward until work is due, unless a compiled graph must find the hooks."""
+        if not self._always_hooked and not self._resting and not compiles():
+            self._resting, self._num_rested = True, 0
+            self._root_handles[1].pause()  # the other one sees a compiler before that traces the forward
+
+    def listen(self) -> None:
+        """Follow the forwards again. Idempotent."""
+        if self._resting:
+            self._resting = False
+            self._root_handles[1].resume()
+
+    def forget_forwards(self) -> None:
+        """Start a step without work for the taps."""
+        self.num_forwards, self._num_rested, self._last_layer = 0, 0, None
 
     def _missed(self) -> None:
         self._stats.taps_missing += 1
@@ -373,6 +401,11 @@ class ResidualTaps:
     def _enter_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._always_hooked and compiles():
             self._hook_always()
+        if self._resting:
+            self._num_rested += 1
+            if self._num_rested > MAX_RESTED:  # the optimizer may be another one, or step without its hooks
+                self._listener.on_no_step()
+            return
         if recomputing():
             return
         if is_foreign():
@@ -479,6 +512,7 @@ class ResidualTaps:
     def _hook_always(self) -> None:
         """Put the hooks of the blocks back, and leave them there also in the steps without work for them."""
         self._always_hooked = True
+        self.listen()
         for hooks in self._hooks.values():
             hooks.resume()
 

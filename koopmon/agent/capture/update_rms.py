@@ -6,7 +6,8 @@ It is far above 1 where the second moment has not seen such gradients yet, as be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 SECOND_MOMENT = "exp_avg_sq"
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class UpdateRms:
@@ -26,16 +28,22 @@ class UpdateRms:
         self._squares: list[Tensor] = []
 
     @torch.no_grad()
-    def add(self, optimizer: Optimizer) -> None:
-        """Add the parameters that `optimizer` is about to update. Those without a second moment do not count."""
+    def add(self, optimizer: Optimizer, norms: Mapping[int, Tensor] = MappingProxyType({})) -> None:
+        """Add the parameters that `optimizer` is about to update. Those without a second moment do not count.
+
+        `norms` are norms of gradients that are known already, float32, by the id of the parameter.
+        """
         scale = getattr(optimizer, "grad_scale", None)  # a GradScaler left it to a fused optimizer
         for group in optimizer.param_groups:
-            pairs = list(_pairs(optimizer, group))
-            if not pairs or (pairs[0][0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            parameters, gradients, moments = _pairs(optimizer, group)
+            if not gradients or (gradients[0].is_cuda and torch.cuda.is_current_stream_capturing()):
                 continue
-            gradients, moments = ([pair[place] for pair in pairs] for place in (0, 1))
-            sizes = torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)).square()
-            usual = torch.stack(torch._foreach_norm(moments, 1.0, dtype=torch.float32)) / _correction(optimizer, group)
+            known = [norms.get(each) for each in parameters]
+            lengths = [each for each in known if each is not None]
+            if len(lengths) < len(gradients):
+                lengths = list(torch._foreach_norm(gradients, 2.0, dtype=torch.float32))
+            sizes = torch.stack(lengths).square()
+            usual = torch.stack(_sums(moments)) / _correction(optimizer, group)
             if scale is not None:
                 sizes = sizes / scale.reshape(()).square()
             self._squares.append(torch.where(usual > 0, sizes / usual, torch.nan))
@@ -50,17 +58,31 @@ class UpdateRms:
         return mean.sqrt()
 
 
-def _pairs(optimizer: Optimizer, group: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the gradient and the second moment of each parameter of a group, both on one device."""
+def _pairs(optimizer: Optimizer, group: dict[str, Any]) -> tuple[list[int], list[Tensor], list[Tensor]]:
+    """Return the ids of a group's parameters, their gradients and their second moments, all on one device."""
     device = None
+    ids: list[int] = []
+    gradients: list[Tensor] = []
+    moments: list[Tensor] = []
     for parameter in group["params"]:
-        gradient, moment = parameter.grad, optimizer.state.get(parameter, {}).get(SECOND_MOMENT)
+        gradient, moment = parameter.grad, optimizer.state.get(parameter, _NOTHING).get(SECOND_MOMENT)
         if gradient is None or not isinstance(moment, Tensor) or gradient.is_sparse:
             continue
-        gradient, moment = _local(gradient), _local(moment)
+        if not type(gradient) is type(moment) is Tensor:
+            gradient, moment = _local(gradient), _local(moment)
         device = device or gradient.device
         if gradient.shape == moment.shape and gradient.numel() and gradient.device == moment.device == device:
-            yield gradient, moment
+            ids.append(id(parameter))
+            gradients.append(gradient)
+            moments.append(moment)
+    return ids, gradients, moments
+
+
+def _sums(moments: list[Tensor]) -> list[Tensor]:
+    """Return the sum of each second moment, float32. None of them is negative."""
+    if moments[0].device.type == "cpu":
+        return [each.sum(dtype=torch.float32) for each in moments]  # on the CPU a norm of order 1 takes twice as long
+    return list(torch._foreach_norm(moments, 1.0, dtype=torch.float32))
 
 
 def _correction(optimizer: Optimizer, group: dict[str, Any]) -> Any:

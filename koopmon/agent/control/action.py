@@ -6,6 +6,7 @@ part of the control state that all ranks hold, and each rank applies that state 
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from koopmon.agent.parallelism import ParallelLayout
 from koopmon.api import ArchitectureAdapter
 from koopmon.plugins import Selection
 from koopmon.wire.messages import AckOutcome, Applied, Command, CommandKind
+
+NEVER = sys.maxsize
+"""A step that never comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +183,15 @@ class ControlAction(ABC):
         outcome of a command that came in force in this step, if `completes_at_edge`.
         """
         return None
+
+    def next_work(self, state: ControlState, step: int) -> int:
+        """Return the first step after `step` before or after which the action has work, if `state` stays in force."""
+        part = state.actions.get(self.kind)
+        if part is None:
+            return NEVER
+        ramp = part.ramp
+        is_over = ramp.target == self.neutral and step >= ramp.first_step + ramp.num_steps
+        return NEVER if is_over and not part.parameters else step + 1
 
     def end(self) -> None:  # noqa: B027 - optional
         """Free memory. No command is applied any more. Idempotent."""

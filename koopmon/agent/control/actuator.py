@@ -218,6 +218,13 @@ class Actuator:
             return step in self._snapshots
         return self._schedule.unagreed(step, self.state)
 
+    def next_work(self, step: int) -> int:
+        """Return the first step after `step` with work in `before_step` or `after_step`, if no request comes."""
+        if self._incomplete or self._underway or self._requests or self._group is not None:
+            return step + 1
+        following = min(action.next_work(self.state, step) for action in self._actions.values())
+        return min(following, self._schedule.next_due(step, self.state))
+
     def _complete(self, step: int) -> None:
         for kind, at_edge in self._at_edge:
             done = at_edge(self.state, step, self._agree)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-from koopmon.agent.control.action import Completion, ControlAction, RequestRefusedError, Target
+from koopmon.agent.control.action import NEVER, Completion, ControlAction, RequestRefusedError, Target
 from koopmon.agent.control.state import ControlState
 from koopmon.wire.messages import Applied, Command
 
@@ -38,6 +38,9 @@ class LoopRequest(ControlAction):
     def on_step_end(self) -> None:
         """End a request of the step before. Called at every step, also after the agent has failed on this rank."""
         self.granted = self.granted and self.stays
+
+    def next_work(self, state: ControlState, step: int) -> int:
+        return step + 1 if self.granted or self.parameters(state).get("at_step", -1) >= step else NEVER
 
     def at_edge(self, state: ControlState, step: int, agree: Callable[[bool], bool]) -> Completion | None:
         if self.kind not in state.actions or self.parameters(state).get("at_step") != step - 1:

@@ -12,8 +12,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from koopmon.agent.control.step_clock import stepping_optimizers
 
-_hook_id: int | None = None
-
 
 class StepListener(Protocol):
     """Receiver of the steps of all optimizers."""
@@ -33,10 +31,9 @@ def listen(listener: StepListener) -> None:
 
 def prepare() -> None:
     """Register the hook, unless an optimizer steps now: torch iterates over its hooks then."""
-    global _hook_id
     hooks = vars(sys.modules[Optimizer.__module__])["_global_optimizer_post_hooks"]
-    if _hook_id not in hooks and next(stepping_optimizers(), None) is None:
-        _hook_id = register_optimizer_step_post_hook(_after_step).id
+    if _after_step not in hooks.values() and next(stepping_optimizers(), None) is None:
+        register_optimizer_step_post_hook(_after_step)
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:

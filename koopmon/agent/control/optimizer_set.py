@@ -49,15 +49,17 @@ class OptimizerSet:
         live = [each for pair in self._references if pair[0]() is not None for each in pair]
         return {each for one in live if (optimizer := one()) is not None for each in parameter_ids(optimizer)}
 
-    def updated_by(self, member: Optimizer) -> Iterator[Tensor]:
-        """Yield the parameters that a member updates, and those of the outermost wrapper around it.
+    def updated_by(self, member: Optimizer) -> list[Tensor]:
+        """Return the parameters that a member updates, and those of the outermost wrapper around it.
 
         The inner optimizer of ZeroRedundancyOptimizer holds this rank's share of them only.
         """
         wrappers = [pair[1]() for pair in self._references if pair[0]() is member]
+        found: list[Tensor] = []
         for each in dict.fromkeys((member, *wrappers)):
             for group in () if each is None else each.param_groups:
-                yield from group["params"]
+                found += group["params"]
+        return found
 
     def largest_rate(self) -> float | Tensor | None:
         """Return the largest rate of all groups as the schedule set it.

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 from torch import Tensor, nn
 
-from koopmon.agent.control.action import Completion, ControlAction, RequestRefusedError, Target, Update
+from koopmon.agent.control.action import NEVER, Completion, ControlAction, RequestRefusedError, Target, Update
 from koopmon.agent.control.lr_backoff import LrBackoff
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.state import ActionState, ControlState, Ramp
@@ -191,6 +191,12 @@ class RewindAction(ControlAction):
     def on_renumbered(self) -> None:
         for each in self._held():  # copies of other ranks with the same number are of another time
             each.clear()
+
+    def next_work(self, state: ControlState, step: int) -> int:
+        if self.parameters(state).get("at_step", -1) >= step:
+            return step + 1
+        interval = self._interval(state)
+        return NEVER if self._final else (step // interval + 1) * interval
 
     def at_edge(self, state: ControlState, step: int, agree: Callable[[bool], bool]) -> Completion | None:
         parameters = self.parameters(state)

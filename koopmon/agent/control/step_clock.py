@@ -28,14 +28,19 @@ def is_nested(optimizer: Optimizer) -> bool:
     A subclass calls that of its parent. Both call the hooks if an optimizer of the parent's class exists. A counter
     would be wrong after a step that raised: the frames are not.
     """
+    if not may_be_nested(optimizer):
+        return False  # without a search of the frames
+    return sum(vars(each) is vars(optimizer) for each in stepping_optimizers()) > 1
+
+
+def may_be_nested(optimizer: Optimizer) -> bool:
+    """Return True if `step()` of two classes of the optimizer call hooks."""
     num_hooked = 0
     for kind in type(optimizer).__mro__:
         step = kind.__dict__.get("step")
         if step is not None and hasattr(step, "hooked"):
             num_hooked += 1
-    if num_hooked < 2:
-        return False  # without a search of the frames
-    return sum(vars(each) is vars(optimizer) for each in stepping_optimizers()) > 1
+    return num_hooked > 1
 
 
 def stepping_optimizers() -> Iterator[Optimizer]:
@@ -53,7 +58,7 @@ def has_closure(args: Any, kwargs: Any) -> bool:
 
 
 @dataclass(slots=True)
-class _Calls:
+class Calls:
     """The last calls of one optimizer: in step number `step`, and the last gradient of one parameter after them."""
 
     optimizer: weakref.ref[Optimizer]
@@ -83,6 +88,17 @@ class _Calls:
             return False
         return self.gradient is None or self.gradient() is not gradient or self.version != _version(gradient)
 
+    def advance(self, optimizer: Optimizer) -> bool:
+        """Note the gradient of this moment. Returns True if a backward pass has written it since the last note."""
+        gradient = self._find(optimizer)
+        if gradient is None:
+            return False
+        before, version = self.gradient, 0 if gradient.is_inference() else gradient._version
+        if before is not None and self.version == version and before() is gradient:
+            return False
+        self.gradient, self.version = weakref.ref(gradient), version
+        return True
+
     def _find(self, optimizer: Optimizer) -> Tensor | None:
         parameter = None if self.parameter is None else self.parameter()
         if parameter is None or parameter.grad is None:
@@ -103,7 +119,7 @@ class StepClock:
         """True if a training forward has begun since the last step began."""
         self._number = 0
         """Steps that have begun, with those whose calls all raised."""
-        self._calls: dict[int, _Calls] = {}
+        self._calls: dict[int, Calls] = {}
         """Keys are ids of optimizers."""
 
     @property
@@ -118,7 +134,7 @@ class StepClock:
         """
         if self._forward or has_closure(args, kwargs):
             return True
-        calls = self._of(optimizer)
+        calls = self.calls_of(optimizer)
         return calls.took_part(self._number) and calls.has_new_gradient(optimizer)
 
     def begin_step(self, optimizers: Iterable[Optimizer]) -> None:
@@ -132,19 +148,19 @@ class StepClock:
                 known = True
         if not known:
             for each in optimizers:
-                self._of(each).expected = _parameter(each) is not None
+                self.calls_of(each).expected = _parameter(each) is not None
         self._number += 1
         self._forward, self._begun = False, True
 
     def begin(self, optimizer: Optimizer) -> None:
         """Begin a call of `optimizer`."""
-        calls = self._of(optimizer)
+        calls = self.calls_of(optimizer)
         if calls.step < self._number:
             calls.step, calls.ended = self._number, False
 
     def end(self, optimizer: Optimizer) -> bool:
         """End a call of `optimizer`. Returns True if the step is complete."""
-        calls = self._of(optimizer)
+        calls = self.calls_of(optimizer)
         calls.note(optimizer)
         calls.ended = True
         # The rest of a backward pass may still read the weights.
@@ -167,13 +183,14 @@ class StepClock:
         self._forward = True
         return self.open
 
-    def _of(self, optimizer: Optimizer) -> _Calls:
+    def calls_of(self, optimizer: Optimizer) -> Calls:
+        """Return the last calls of `optimizer`."""
         calls = self._calls.get(id(optimizer))
         if calls is None or calls.optimizer() is not optimizer:
-            calls = self._calls[id(optimizer)] = _Calls(weakref.ref(optimizer))
+            calls = self._calls[id(optimizer)] = Calls(weakref.ref(optimizer))
         return calls
 
-    def _is_missing(self, calls: _Calls) -> bool:
+    def _is_missing(self, calls: Calls) -> bool:
         return calls.expected and not calls.took_part(self._number) and calls.optimizer() is not None
 
 

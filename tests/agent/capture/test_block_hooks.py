@@ -50,6 +50,7 @@ def test_the_blocks_have_hooks_in_the_steps_with_a_snapshot_only(
         monitor.wait(lambda: agent.status()["sent"] == len(monitor.shards))
     assert seen[0] == {3}, "the first forward verifies the chain"
     assert seen == [{3} if step in (0, *SNAPSHOTS) else {0} for step in range(3 * EVERY)]
+    monitor.wait(lambda: len(monitor.shards) >= len(SNAPSHOTS))
     assert [shard.training.step for shard, _ in monitor.shards] == SNAPSHOTS
     assert agent.status()["taps_missing"] == 0
 
@@ -73,9 +74,11 @@ def test_a_loop_that_bypasses_the_root_keeps_them(monitor: ScriptedMonitor, agen
     assert {num_hooks(block) for block in model.blocks} == {0}
     for number in range(2, 3 * EVERY):
         step(number, bypass=True)
-        assert {num_hooks(block) for block in model.blocks} == {3}
+        first = SNAPSHOTS[1] - 1  # forwards are not followed before it: the next snapshot finds the bypass
+        assert {num_hooks(block) for block in model.blocks} == ({3} if number >= first else {0})
         assert agent.status()["step"] == number + 1
         monitor.wait(lambda: agent.status()["sent"] == len(monitor.shards))
+    monitor.wait(lambda: len(monitor.shards) >= len(SNAPSHOTS))
     assert [shard.training.step for shard, _ in monitor.shards] == SNAPSHOTS
 
 
@@ -122,6 +125,7 @@ def test_a_model_that_is_compiled_while_the_hooks_are_out_is_still_watched(
     how: str, monitor: ScriptedMonitor, python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     assert python(COMPILED_LATE, monitor.endpoint, how).stdout.split() == ["0", "3"]
+    monitor.wait(lambda: len(monitor.shards) >= len(SNAPSHOTS))
     assert [shard.training.step for shard, _ in monitor.shards] == SNAPSHOTS
 
 

@@ -52,6 +52,29 @@ def test_windows_of_any_length_give_the_strides_asked_for(window: int, start: in
     assert all(b - a == 4 for a, b in itertools.pairwise(taken))
 
 
+@given(
+    warmup=st.integers(1, 20),
+    dense=st.integers(1, 9),
+    calm=st.integers(1, 9),
+    asked=st.integers(0, 5),
+    until=st.integers(-1, 30),
+    limit=st.tuples(st.integers(1, 9), st.integers(0, 30)),
+)
+def test_no_snapshot_is_due_before_the_next_one_that_is_told(
+    warmup: int, dense: int, calm: int, asked: int, until: int, limit: tuple[int, int]
+) -> None:
+    stats = AgentStats()
+    stats.stride_limit = StrideLimit(*limit, before=4)
+    config = CadenceConfig(warmup_steps=warmup, dense_every=dense, calm_every=calm)
+    state = ControlState(cadence_steps=asked, cadence_until_step=until)
+    cadence, next_due = schedule(config, stats), 0
+    for step in range(1, 50):
+        if cadence.plan(step, step, state):
+            assert step >= next_due
+        next_due = cadence.next_due(step, state)
+        assert next_due > step
+
+
 def test_what_cannot_be_afforded_is_skipped_counted_and_not_made_up_for() -> None:
     stats, budget = AgentStats(), OverheadBudget(CONFIG)
     cadence = SnapshotSchedule(CONFIG, budget, stats)
