@@ -34,13 +34,16 @@ def is_nested(optimizer: Optimizer) -> bool:
 
 
 def may_be_nested(optimizer: Optimizer) -> bool:
-    """Return True if `step()` of two classes of the optimizer call hooks."""
-    num_hooked = 0
+    """Return True if the `step()` of two classes of the optimizer call hooks, and one may call the other."""
+    first: Any = None
     for kind in type(optimizer).__mro__:
         step = kind.__dict__.get("step")
         if step is not None and hasattr(step, "hooked"):
-            num_hooked += 1
-    return num_hooked > 1
+            body = getattr(step, "__wrapped__", step)
+            if first is not None and body is not first:  # torch hooks an inherited step once for each class
+                return True
+            first = body
+    return False
 
 
 def stepping_optimizers() -> Iterator[Optimizer]:
