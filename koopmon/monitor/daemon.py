@@ -481,12 +481,12 @@ def _write_ready(path: Path, addresses: Addresses) -> None:
             file.write(json.dumps({**asdict(addresses), "pid": os.getpid()}).encode())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise EndpointError(f"ready file {path}: cannot be written: {error.strerror}") from None
 
 
 def _remove(path: Path) -> None:
-    with suppress(OSError):  # a directory of this name was refused at the start
+    with suppress(OSError):  # a name that cannot be written may not be removable either
         path.unlink()
 
 
