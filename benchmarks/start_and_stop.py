@@ -96,7 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder), options.rounds, options.help_rounds, options.job_seconds)
-    result = {"provenance": provenance(0), "job_seconds": options.job_seconds, "goals": GOALS, **found}
+    load = [round(each, 1) for each in os.getloadavg()]
+    settings = {"job_seconds": options.job_seconds, "load_average": load}
+    result = {"provenance": provenance(0), "settings": settings, "goals": GOALS, **found}
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     table = Table("", "measured", "goal", title="start and stop")
     for name, goal in GOALS.items():
