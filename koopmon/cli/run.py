@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -245,6 +246,7 @@ class _Watch:
         else:
             page = embedded.page
             say(f"run {self._name}: its monitor serves{self._mode}; live page at {page}, metrics at {page}metrics")
+            import_module("koopmon.views.run_summary")  # for the end of the job, while nobody waits
         return None
 
 
