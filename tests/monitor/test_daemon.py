@@ -13,7 +13,6 @@ import torch
 from koopmon import policy
 from koopmon.config import Config
 from koopmon.errors import EndpointError, StoreError
-from koopmon.monitor import daemon
 from koopmon.monitor.daemon import Monitor
 from koopmon.monitor.service import Service
 from koopmon.wire.codec import encode
@@ -449,14 +448,3 @@ def test_the_answer_to_a_heartbeat_tells_what_was_made_of_the_last_snapshot(
     assert judgement.near_unit_mass is None
     assert judgement.decision
     assert judgement.decision_step == 3
-
-
-@pytest.mark.parametrize("name", ["none/ready", "file/ready", "directory", "x" * 250, "loop/ready"])
-def test_a_ready_file_that_cannot_be_written_is_one_line(tmp_path: Path, name: str) -> None:
-    (tmp_path / "file").write_text("")
-    (tmp_path / "directory").mkdir()
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    addresses = daemon.Addresses("tcp://127.0.0.1:1", "tcp://127.0.0.1:2", "127.0.0.1:3")
-    with pytest.raises(EndpointError, match=r"ready file .*: cannot be written"):
-        daemon._write_ready(tmp_path / name, addresses)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "file", "loop"]
