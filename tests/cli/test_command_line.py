@@ -107,7 +107,8 @@ def test_a_shell_completes_verbs_options_and_run_names(state: Path, koopmon: Com
         return "\n".join(completed(koopmon, line, shell, XDG_STATE_HOME=str(state / "state")))
 
     assert "report" in found("koopmon re")
-    for verb in ("report", "replay", "export", "compare", "runs rm"):
+    # Which names a verb has does not depend on the shell.
+    for verb in ("report", "replay", "export", "compare", "runs rm") if shell == "bash" else ("report",):
         names = found(f"koopmon {verb} ")
         assert names.index("beta-2") < names.index("alpha-1"), "the latest run is the first"
         assert "beta-2" not in found(f"koopmon {verb} al")
