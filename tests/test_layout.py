@@ -56,6 +56,7 @@ TESTED_IN = {
     "koopmon/cli/keys.py": "tests/cli/test_keys_verb.py",
     "koopmon/cli/monitor.py": "tests/monitor/test_process.py",
     "koopmon/cli/options.py": "tests/cli/test_run.py",
+    "koopmon/cli/overview.py": "tests/cli/test_command_line.py",
     "koopmon/cli/profile.py": "tests/cli/test_profile_verb.py",
     "koopmon/cli/replay.py": "tests/cli/test_replay_verb.py",
     "koopmon/cli/report.py": "tests/cli/test_report_verb.py",

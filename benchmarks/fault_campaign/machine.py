@@ -29,7 +29,7 @@ MONITOR = """
 import sys
 import benchmarks.fault_campaign.clock
 from koopmon.cli import main
-from koopmon.monitor import daemon
+from koopmon.monitor import process
 sys.stdin.readline()
 sys.exit(main())
 """

@@ -83,6 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from koopmon.cli.agent_only import call_without
 
             return call_without(missing, words)
+        if words in (["-h"], ["--help"]) and COMPLETION not in os.environ:
+            from koopmon.cli.overview import overview
+
+            print(overview({name: summary for name, (summary, _) in VERBS.items()}))  # noqa: T201 - standard output
+            return 0
         from koopmon.cli.app import call
 
         status = call(words, verb)

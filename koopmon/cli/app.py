@@ -11,6 +11,7 @@ import typer
 from koopmon import __version__
 from koopmon.cli import VERBS
 from koopmon.cli.console import set_verbosity
+from koopmon.cli.overview import EPILOG, HELP, OPTIONS
 
 _NEED_ARGUMENTS = ("run", "profile", "calibrate", "compare")
 
@@ -25,8 +26,8 @@ def make_app(loaded: Collection[str] = tuple(VERBS)) -> typer.Typer:
     """Return the application in which the verbs `loaded` work. The others are only listed by its help."""
     app = typer.Typer(
         name="koopmon",
-        help="Detect training divergence early, in the spectrum of the residual stream, and prevent it.",
-        epilog="Example: koopmon run -- torchrun --nproc-per-node 2 train.py",
+        help=HELP,
+        epilog=EPILOG,
         no_args_is_help=True,
         # The import of rich takes twice as long as all else that the list of verbs needs.
         rich_markup_mode="markdown" if loaded else None,
@@ -54,11 +55,11 @@ def make_app(loaded: Collection[str] = tuple(VERBS)) -> typer.Typer:
 
 
 def _set_output(
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors only.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print koopmon's whole log too.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help=OPTIONS["-q, --quiet"])] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help=OPTIONS["-v, --verbose"])] = False,
     version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit."),
+        typer.Option("--version", is_eager=True, callback=_print_version, help=OPTIONS["--version"]),
     ] = False,
 ) -> None:
     if quiet and verbose:

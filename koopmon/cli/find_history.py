@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,9 +39,22 @@ def opened(run: str | None, store: Path | None) -> Iterator[tuple[HistoryReader,
     for path in places:
         with HistoryReader.open(path) as history:
             if history.run(run) is not None:
-                yield history, path, run
+                with _no_collections():
+                    yield history, path, run
                 return
     raise StoreError(_advice(run, stores()[:MAX_STORES] if store is None else [store]))
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Suspend the garbage collector: no row is in a cycle, and each collection walks over all rows of a long run."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def stores() -> list[Path]:

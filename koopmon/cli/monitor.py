@@ -93,10 +93,11 @@ def monitor(
         waiting.start()
     try:
         # Imported late because it imports torch.
-        from koopmon.monitor import daemon
+        from koopmon.monitor.daemon import Monitor
+        from koopmon.monitor.process import serve
         from koopmon.monitor.target_file import TargetDirectory
 
-        monitor = daemon.Monitor(
+        monitor = Monitor(
             settings,
             bind=bind,
             data_bind=bind_data,
@@ -108,7 +109,7 @@ def monitor(
     finally:
         waiting.cancel()
     targets = TargetDirectory(sd_directory or targets_directory(), sd_run, wanted=sd_directory is not None)
-    status = daemon.serve(monitor, ready_file, targets)
+    status = serve(monitor, ready_file, targets)
     # All is closed. An interpreter with torch takes 1 to 2 s to end, and aborts if a thread still computes a profile.
     logging.shutdown()
     os._exit(status)

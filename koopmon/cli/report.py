@@ -35,13 +35,14 @@ def report(
     policy = load(config).policy
     with opened(run, store) as (history, path, name):
         facts = build_report(history, path.absolute(), name, policy)
-    if out is None and (open_page or not as_json):
-        out = Path(f"koopmon-report-{name.replace('/', '_')}")
+        if out is None and (open_page or not as_json):
+            out = Path(f"koopmon-report-{name.replace('/', '_')}")
+        text = "" if out is None else page(facts)
     if out is not None:
         path = out / "report.html"
         try:
             out.mkdir(parents=True, exist_ok=True)
-            path.write_text(page(facts), encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
         except OSError as error:
             raise KoopmonError(f"--out {out}: cannot be written: {error.strerror}") from None
         if not as_json:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -258,6 +259,7 @@ class _Watch:
         else:
             page, self._served_since = embedded.page, time.monotonic()
             say(f"run {self._name}: its monitor serves{self._mode}; live page at {page}, metrics at {page}metrics")
+            import_module("koopmon.views.run_summary")  # for the end of the job, while nobody waits
         return None
 
 

@@ -38,6 +38,8 @@ from koopmon.history.schema import SCHEMA_VERSION, SQLITE_ERRORS
 
 logger = logging.getLogger(__name__)
 
+LEAST_PAGE_BYTES = 512
+"""Size of the smallest page of SQLite: a shorter file is none of its own."""
 MAX_BACKLOG = 10_000
 """Maximum number of decisions and acks in memory while recording is paused; above it the oldest are dropped."""
 MIN_FREE_BYTES = 4 << 20
@@ -166,6 +168,9 @@ class Journal:
         if self.recording and self._moved():
             self._pause(sqlite3.OperationalError(f"{self._path} was moved or removed"), damaged=True)
             self._try_again(now=True)
+        elif self.recording and self._emptied():
+            self._pause(sqlite3.OperationalError(f"{self._path} was emptied"), damaged=True)
+            self._try_again(now=True)
         elif self.recording and self._log_removed():
             self._reopen()
         if not self.recording or now < self._upkeep_at:
@@ -198,6 +203,15 @@ class Journal:
             return os.stat(self._path).st_ino != self._inode
         except OSError:
             return True
+
+    def _emptied(self) -> bool:
+        """Return True if another program has cut the file. Its size is enough: to open and close the file here would
+        release SQLite's locks on it.
+        """
+        try:
+            return os.stat(self._path).st_size < LEAST_PAGE_BYTES
+        except OSError:
+            return False
 
     def _log_removed(self) -> bool:
         """Return True if SQLite's log was removed or replaced while it is open: its rows would be lost."""

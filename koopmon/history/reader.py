@@ -9,8 +9,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeAlias, TypeVar
 from urllib.parse import quote
@@ -61,8 +60,7 @@ class IncarnationRow:
     applied: Applied | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileHead:
+class ProfileHead(msgspec.Struct, frozen=True, kw_only=True):
     """One snapshot without its profile, which has almost all of the bytes. `id` is the number of its row."""
 
     id: int
@@ -75,8 +73,7 @@ class ProfileHead:
     non_finite: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileRow(ProfileHead):
+class ProfileRow(ProfileHead, frozen=True, kw_only=True):
     """One snapshot. `profile` is None when the states were not finite."""
 
     profile: PlainProfile | None
@@ -84,18 +81,23 @@ class ProfileRow(ProfileHead):
     """Measurements of the model family by name: one value per transition."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ObservationRow(AtStep):
-    """One input of the detector with its risk, reason and components."""
+class AssessmentRow(AtStep, msgspec.Struct, frozen=True, kw_only=True):
+    """The risk of one snapshot with its reason and components."""
 
     incarnation: str
     training: TrainingStep
     time: float
+    informative: bool
     non_finite: bool
-    observation: dict[str, Any]
     risk: float
     reason: str
     components: dict[str, float | None]
+
+
+class ObservationRow(AssessmentRow, frozen=True, kw_only=True):
+    """One input of the detector with its assessment."""
+
+    observation: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +150,16 @@ class HeartbeatRow(AtStep):
     logged: dict[str, LoggedRow]
     """Readings of the scalars that the user's loop logs, by name."""
 
+
+class _Seen(msgspec.Struct):
+    """The part of an observation that an assessment has."""
+
+    informative: Any = False
+    """Another type than a bool counts as False: replay names the step of such a row."""
+
+
+_decode_seen = msgspec.json.Decoder(_Seen).decode
+_decode_components = msgspec.json.Decoder(dict[str, float | None]).decode
 
 R = TypeVar("R")
 Row: TypeAlias = sqlite3.Row | Mapping[str, Any]
@@ -259,12 +271,11 @@ class HistoryReader:
 
     def profile_heads(self, run: str) -> Iterator[ProfileHead]:
         """Yield all snapshots of a run without their profiles."""
-        columns = ", ".join(name for name in _names(ProfileHead) if name != "id")
+        columns = ", ".join(name for name in ProfileHead.__struct_fields__ if name != "id")
         with self._reading("profiles"):
-            for row in self._database.execute(
-                f"SELECT t.id, {columns} FROM profiles AS t{_OF_RUN} ORDER BY t.id", (run,)
-            ):
-                yield _head(row)
+            yield from map(
+                _head, self._dicts(f"SELECT t.id, {columns} FROM profiles AS t{_OF_RUN} ORDER BY t.id", (run,))
+            )
 
     def profiles_at(self, ids: Iterable[int]) -> Iterator[ProfileRow]:
         """Yield the snapshots of these rows; a row that was deleted meanwhile is left out."""
@@ -279,14 +290,13 @@ class HistoryReader:
     def observations(self, run: str, *, last: int | None = None) -> Iterator[ObservationRow]:
         with self._reading("observations"):
             for row in self._of_run("observations", run, last):
-                yield _row(
-                    row,
-                    ObservationRow,
-                    training=_training(row),
-                    non_finite=bool(row["non_finite"]),
-                    observation=_observation(row),
-                    components=msgspec.json.decode(row["components"]),
-                )
+                yield _assessed(row, ObservationRow, observation=_observation(row))
+
+    def assessments(self, run: str, *, last: int | None = None) -> Iterator[AssessmentRow]:
+        """Yield the rows of `observations` without the input of the detector, in less time."""
+        with self._reading("observations"):
+            for row in self._of_run("observations", run, last):
+                yield _assessed(row, AssessmentRow)
 
     def decisions(self, run: str, *, last: int | None = None) -> Iterator[DecisionRow]:
         with self._reading("decisions"):
@@ -312,9 +322,13 @@ class HistoryReader:
             f"SELECT t.*, incarnation FROM {table} AS t JOIN incarnations ON incarnations.id = t.incarnation_id"
             f" WHERE t.id IN ({newest}) ORDER BY t.id"
         )
-        cursor = self._database.execute(query, (run, -1 if last is None else last))
+        return self._dicts(query, (run, -1 if last is None else last))
+
+    def _dicts(self, query: str, values: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
+        """Yield rows as dicts, which find a column by name in a fraction of the time of sqlite3.Row."""
+        cursor = self._database.execute(query, values)
+        cursor.row_factory = None
         names = [column[0] for column in cursor.description]
-        # A dict finds a column by name in a fraction of the time of sqlite3.Row.
         for row in cursor:
             yield dict(zip(names, row, strict=True))
 
@@ -325,7 +339,7 @@ class HistoryReader:
             " WHERE decision_id = ? ORDER BY commands.rowid"
         )
         for row in self._database.execute(query, (decision_id,)):
-            yield _values(row, CommandRow, command=msgspec.json.decode(row["command"], type=Command))
+            yield {**row, "command": msgspec.json.decode(row["command"], type=Command)}
 
     @contextmanager
     def _reading(self, what: str) -> Iterator[None]:
@@ -365,8 +379,19 @@ def _head(row: Row) -> ProfileHead:
 def _profile(row: Row, *, eigenvalues: bool = True) -> ProfileRow:
     head = _head(row)
     profile, observables = unpack(row["profile"], non_finite=head.non_finite, eigenvalues=eigenvalues)
-    known = {name: getattr(head, name) for name in _names(ProfileHead)}
-    return ProfileRow(**known, profile=profile, observables=observables)
+    return ProfileRow(**msgspec.structs.asdict(head), profile=profile, observables=observables)
+
+
+def _assessed(row: Mapping[str, Any], kind: type[R], **values: Any) -> R:
+    return _row(
+        row,
+        kind,
+        training=_training(row),
+        informative=_decode_seen(row["observation"]).informative is True,
+        non_finite=bool(row["non_finite"]),
+        components=_decode_components(row["components"]),
+        **values,
+    )
 
 
 def _observation(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -380,29 +405,14 @@ def _observation(row: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
-def _training(row: Row) -> dict[str, Any]:
+def _training(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the known fields of the row's TrainingStep. A store of an earlier koopmon may lack some columns."""
-    return {
-        name: from_scalar(value) if name in MEASURED else value
-        for name in _scalars(tuple(row.keys()))
-        if (value := row[name]) is not None
-    }
-
-
-@cache
-def _scalars(columns: tuple[str, ...]) -> list[str]:
-    return [name for name in TrainingStep.__struct_fields__ if name in columns]
-
-
-@cache
-def _names(kind: type[Any]) -> list[str]:
-    return [field.name for field in fields(kind)]
-
-
-def _values(row: Row, kind: type[Any], **values: Any) -> dict[str, Any]:
-    """Return the columns that match fields of the dataclass `kind`; `values` overrides columns that need conversion."""
-    return {name: row[name] for name in _names(kind) if name not in values} | values  # type: ignore[arg-type]
+    known = {name: value for name in TrainingStep.__struct_fields__ if (value := row.get(name)) is not None}
+    if str in map(type, known.values()):  # NaN
+        known |= {name: from_scalar(known[name]) for name in MEASURED if name in known}
+    return known
 
 
 def _row(row: Row, kind: type[R], **values: Any) -> R:
-    return msgspec.convert(_values(row, kind, **values), kind)
+    """Build a row of the columns that match its fields; `values` overrides columns that need conversion."""
+    return msgspec.convert({**row, **values}, kind)

@@ -82,6 +82,7 @@ class HistoryWriter(Journal):
         for repeated in ("training", "non_finite"):
             known.pop(repeated, None)
         ratios = array("d", known.pop("update_ratios", ())).tobytes() or None
+        known = {name: value for name, value in known.items() if value not in (None, "")}  # absent is unknown
         texts = {"observation": to_json(known), "components": to_json(components), "update_ratios": ratios}
         self._insert("observations", at, run, incarnation, **msgspec.structs.asdict(training), **texts, **columns)
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import functools
-import gc
-import json
 import logging
 import math
 import os
 import platform
-import resource
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import KW_ONLY, asdict, dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -25,7 +21,6 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from koopmon import __version__
 from koopmon.config import Config, checked
 from koopmon.errors import EndpointError, ProtocolError
-from koopmon.files import open_private
 from koopmon.grafana.access import check_url, read_access
 from koopmon.grafana.annotations import Annotate, Annotations, no_annotations
 from koopmon.history.background_writer import BackgroundWriter
@@ -41,8 +36,6 @@ from koopmon.monitor.memory import MemoryWatch
 from koopmon.monitor.otlp import open_push
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.service import Outputs, Service
-from koopmon.monitor.systemd import Watchdog, sd_notify
-from koopmon.monitor.target_file import TargetDirectory, announced
 from koopmon.notify.notifier import Notifier
 from koopmon.notify.targets import read_targets
 from koopmon.risk import calibration
@@ -430,64 +423,6 @@ class Monitor:
 @functools.lru_cache(maxsize=1024)
 def _encoded_reply(reply: HeartbeatReply) -> list[Frame]:
     return encode(reply)
-
-
-def serve(monitor: Monitor, ready_file: Path | None = None, targets: TargetDirectory | None = None) -> int:
-    """Run a monitor until SIGTERM or SIGINT; returns exit status 0. Call it in the main thread.
-
-    When the monitor accepts messages, it writes a JSON object to `ready_file` (endpoint, data_endpoint, http, scheme,
-    pid), and a target file of Prometheus to `targets`. The files are removed at the end. Under systemd it sends READY,
-    WATCHDOG and STOPPING. Raises EndpointError, KeysError or StoreError, each one line, when it cannot start.
-    """
-
-    def ready(addresses: Addresses) -> None:
-        gc.freeze()  # each full collection would walk over torch's objects, for 0.13 s of CPU time
-        if ready_file is not None:
-            _write_ready(ready_file, addresses)
-        if targets is not None:
-            stack.enter_context(announced(targets, reachable(addresses.http), addresses.scheme))
-        sd_notify("READY=1")
-
-    def stop(*_: object) -> None:
-        sd_notify("STOPPING=1")
-        monitor.stop()
-
-    monitor.ready, monitor.turned = ready, Watchdog().alive
-    _raise_descriptor_limit()
-    with ExitStack() as stack:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            stack.callback(signal.signal, number, signal.signal(number, stop))
-        if ready_file is not None:
-            stack.callback(_remove, ready_file)
-        monitor.run()
-    return 0
-
-
-def _raise_descriptor_limit() -> None:
-    """Raise the limit of open files to the system's maximum: each peer uses one descriptor.
-
-    At the limit libzmq aborts the process for one more peer on ipc (ipc_listener.cpp), and accepts no further peer on
-    tcp.
-    """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # some systems reject "unlimited"
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _write_ready(path: Path, addresses: Addresses) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open_private(temporary, truncate=True) as file:
-            file.write(json.dumps({**asdict(addresses), "pid": os.getpid()}).encode())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise EndpointError(f"ready file {path}: cannot be written: {error.strerror}") from None
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):  # a directory of this name was refused at the start
-        path.unlink()
 
 
 def _data_beside(endpoint: str) -> str:

@@ -39,7 +39,7 @@ class RecordedRun:
         return cls(
             name=name,
             launches=history.incarnations(name),
-            points=[TimelinePoint.of_row(row) for row in history.observations(name)],
+            points=[TimelinePoint.of_row(row) for row in history.assessments(name)],
             beats=list(history.heartbeats(name)),
             decisions=[DecisionView.of_row(row) for row in history.decisions(name)],
         )

@@ -17,7 +17,7 @@ from koopmon.wire.messages import AtStep
 
 if TYPE_CHECKING:
     from koopmon.config import KssConfig, PolicyConfig
-    from koopmon.history.reader import DecisionRow, HeartbeatRow, ObservationRow
+    from koopmon.history.reader import AssessmentRow, DecisionRow, HeartbeatRow
     from koopmon.policy import Action, PolicyState
     from koopmon.risk.online_detector import Observation, OnlineRisk
     from koopmon.views.action_effects import Effect
@@ -100,12 +100,16 @@ class TimelinePoint(AtStep):
         return self.non_finite or (loss is not None and not math.isfinite(loss))
 
     @classmethod
-    def of_row(cls, row: ObservationRow) -> Self:
-        shared = ("incarnation", "training", "time", "risk", "reason", "non_finite")
+    def of_row(cls, row: AssessmentRow) -> Self:
         return cls(
+            incarnation=row.incarnation,
+            training=row.training,
+            time=row.time,
+            risk=row.risk,
             forecast=_forecast(row.components, non_finite=row.non_finite),
-            informative=row.observation.get("informative") is True,
-            **{name: getattr(row, name) for name in shared},
+            reason=row.reason,
+            informative=row.informative,
+            non_finite=row.non_finite,
         )
 
     @classmethod

@@ -110,8 +110,8 @@ def risk_chart(
         "charts.html",
         "risk_chart",
         lines=[
-            *_lines(axis, points, lambda point: point.forecast, "forecast", RISK_HEIGHT),
-            *_lines(axis, points, lambda point: point.risk, "risk", RISK_HEIGHT),
+            *_lines(axis, points, [point.forecast for point in points], "forecast", RISK_HEIGHT),
+            *_lines(axis, points, [point.risk for point in points], "risk", RISK_HEIGHT),
         ],
         levels=[(f"{name} {value:g}", _up(value, RISK_HEIGHT)) for name, value in levels],
         axis=axis,
@@ -126,11 +126,12 @@ def risk_chart(
 def scalar_chart(points: Sequence[TimelinePoint], scalar: Scalar, axis: StepAxis | None = None) -> Markup:
     """Chart of one scalar over steps below its current value; empty while all values are the idle one."""
     axis = axis or StepAxis.of(points)
-    known = [value for point in points if (value := scalar.of(point)) is not None]
+    values = [scalar.of(point) for point in points]
+    known = [value for value in values if value is not None]
     if known and all(value == scalar.idle for value in known):
         return Markup("")
     scaled, is_log = _scale(known, unit=scalar.unit_scale)
-    lines = _lines(axis, points, lambda point: scaled(scalar.of(point)), scalar.chart, SMALL_HEIGHT, held=scalar.held)
+    lines = _lines(axis, points, values, scalar.chart, SMALL_HEIGHT, scaled, held=scalar.held)
     return _small_chart(scalar.title, known, (0.0, 1.0) if scalar.unit_scale else None, scaled, lines, axis, is_log)
 
 
@@ -148,16 +149,12 @@ def _logged_chart(name: str, points: Sequence[LoggedPoint], axis: StepAxis) -> M
     limits = [limit for _, each in series for limit in (each.low, each.high) if _is_finite(limit)]
     scaled, is_log = _scale([*known, *limits])
 
-    def value(point: LoggedPoint) -> float | None:
-        found = point.readings.get(name)
-        return scaled(found.value) if found is not None and _is_finite(found.value) else None
-
-    banded = [
-        (10 * axis.place(each.step), scaled(each.low), scaled(each.high)) for _, each in series if _is_finite(each.low)
-    ]
+    banded = [(10 * axis.place(each.step), each.low, each.high) for _, each in series if _is_finite(each.low)]
     edge = [(x, high) for x, _, high in banded] + [(x, low) for x, low, _ in reversed(banded)]
-    band = _polyline(((x, y) for x, y in edge if y is not None), SMALL_HEIGHT)
-    lines = _lines(axis, points, value, "loss", SMALL_HEIGHT)
+    band = _polyline(((x, scaled(y)) for x, y in edge if y is not None), SMALL_HEIGHT)
+    readings = [point.readings.get(name) for point in points]
+    values = [each.value if each is not None and _is_finite(each.value) else None for each in readings]
+    lines = _lines(axis, points, values, "loss", SMALL_HEIGHT, scaled)
     return _small_chart(name, known, None, scaled, lines, axis, is_log, band)
 
 
@@ -169,7 +166,7 @@ def _small_chart(
     title: str,
     known: Sequence[float],
     limits: tuple[float, float] | None,
-    scaled: Callable[[float | None], float | None],
+    scaled: Callable[[float], float],
     lines: Iterable[tuple[str, Markup]],
     axis: StepAxis,
     is_log: bool,
@@ -177,7 +174,7 @@ def _small_chart(
 ) -> Markup:
     """Draw a chart; its y axis names the lowest and the highest value, or `limits`."""
     low, high = limits or (min(known, default=0.0), max(known, default=0.0))
-    labels = {f"{value:.3g}": _up(scaled(value) or 0.0, SMALL_HEIGHT) for value in (high, low)}
+    labels = {f"{value:.3g}": _up(scaled(value), SMALL_HEIGHT) for value in (high, low)}
     return macro(
         "charts.html",
         "scalar_chart",
@@ -266,34 +263,38 @@ def _dots(pairs: Sequence[tuple[float, float]], scale: float, limit: float) -> M
 def _lines(
     axis: StepAxis,
     points: Sequence[Point],
-    value: Callable[[Point], float | None],
+    values: Sequence[float | None],
     kind: str,
     height: float,
+    place: Callable[[float], float] = float,
     *,
     held: bool = False,
 ) -> Iterator[tuple[str, Markup]]:
-    """Yield the class and points of one polyline per launch; an earlier launch has the class `earlier` too."""
-    launches: dict[str, list[tuple[float, float]]] = {}
-    for point in points:
-        found = value(point)
-        if found is not None:
-            launches.setdefault(point.incarnation, []).append((10 * axis.place(point.step), found))
+    """Yield the class and points of one polyline per launch; an earlier launch has the class `earlier` too.
+
+    `values` has one number per point; the increasing function `place` maps them to [0, 1].
+    """
+    launches: dict[str, list[tuple[Point, float]]] = {}
+    for point, value in zip(points, values, strict=True):
+        if value is not None:
+            launches.setdefault(point.incarnation, []).append((point, value))
     latest = points[-1].incarnation if points else ""
     for incarnation, line in launches.items():
-        drawn = _extremes(line)
+        drawn = [(10 * axis.place(point.step), place(value)) for point, value in _extremes(line)]
         yield kind if incarnation == latest else f"{kind} earlier", _polyline(_steps(drawn) if held else drawn, height)
 
 
-def _extremes(line: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the line, or the lowest and highest of adjacent points if it has more than MAX_POINTS."""
+def _extremes(line: Sequence[tuple[Point, float]]) -> Iterable[tuple[Point, float]]:
+    """Return the line, or the lowest and the highest of adjacent points if it has more than MAX_POINTS."""
     if len(line) <= MAX_POINTS:
         return line
     size = math.ceil(2 * len(line) / MAX_POINTS)
-    groups = (line[start : start + size] for start in range(0, len(line), size))
+    values = [value for _, value in line]
+    groups = (range(start, min(start + size, len(line))) for start in range(0, len(line), size))
     return [
-        place
+        line[index]
         for group in groups
-        for place in sorted({min(group, key=lambda each: each[1]), max(group, key=lambda each: each[1])})
+        for index in sorted({min(group, key=values.__getitem__), max(group, key=values.__getitem__)})
     ]
 
 
@@ -309,7 +310,7 @@ def _polyline(places: Iterable[tuple[float, float]], height: float) -> Markup:
     return Markup(" ".join(f"{x:.1f},{_up(y, height):.1f}" for x, y in places))  # noqa: S704 - numbers
 
 
-def _scale(known: Sequence[float], *, unit: bool = False) -> tuple[Callable[[float | None], float | None], bool]:
+def _scale(known: Sequence[float], *, unit: bool = False) -> tuple[Callable[[float], float], bool]:
     """Return the map from values to [0, 1] with a margin, and True if it is logarithmic.
 
     With `unit`, the values are from 0 to 1.
@@ -320,9 +321,7 @@ def _scale(known: Sequence[float], *, unit: bool = False) -> tuple[Callable[[flo
         low, high = math.log(low), math.log(high)
     width = (high - low) or 1.0
 
-    def scaled(value: float | None) -> float | None:
-        if value is None:
-            return None
+    def scaled(value: float) -> float:
         # The difference of two large values could overflow.
         return 0.06 + 0.88 * ((math.log(value) if is_log else value) / width - low / width)
 

@@ -88,6 +88,8 @@ def check_runs(patterns: Sequence[str]) -> tuple[str, ...]:
     except msgspec.ValidationError as error:
         shown = one_line(" ".join(map(repr, patterns)))[:200]
         raise KeysError(f"--runs {shown}: {error}: allowed are patterns such as 'alice-*'") from None
+    if not all(map(str.strip, checked)):
+        raise KeysError("--runs: a pattern of blanks matches no run: allowed are patterns such as 'alice-*'")
     if sum(len(pattern.encode()) for pattern in checked) > MAX_FILE_BYTES // 2:
         raise KeysError(
             f"--runs: {len(checked)} patterns are too long together: allowed are {MAX_FILE_BYTES // 2} bytes"

@@ -70,7 +70,17 @@ def test_show_lists_everything_but_secrets(place: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(
     "patterns",
-    [[""], ["a\nb"], ["\x7f"], ["x" * 129], ["ok", ""], ["a"] * 257, [f"{number:0128}" for number in range(100)]],
+    [
+        [""],
+        ["  "],
+        ["ok", " "],
+        ["a\nb"],
+        ["\x7f"],
+        ["x" * 129],
+        ["ok", ""],
+        ["a"] * 257,
+        [f"{number:0128}" for number in range(100)],
+    ],
 )
 def test_patterns_that_no_key_file_holds_are_refused_before_a_key_is_written(
     place: Path, capsys: pytest.CaptureFixture[str], patterns: list[str]

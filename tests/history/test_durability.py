@@ -387,6 +387,30 @@ def test_a_store_that_goes_bad_or_goes_away_while_it_is_written(
     assert "moved or removed" in caplog.text
 
 
+@pytest.mark.parametrize("size", [0, 100])
+@pytest.mark.parametrize("prunes", [True, False])
+def test_a_file_that_is_emptied_while_it_is_written_is_kept_beside_a_new_one(
+    open_store: Callable[..., HistoryWriter],
+    path: Path,
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+    size: int,
+    prunes: bool,
+) -> None:
+    """SQLite deletes the log of an empty file at the next start: all that was recorded would be lost in silence."""
+    store = open_store()
+    decide(store, 0)
+    if prunes:
+        keep_up(store, clock, RUN)
+    os.truncate(path, size)
+    keep_up(store, clock, RUN)
+    assert "was emptied" in caplog.text
+    assert store.recording
+    decide(store, 1)
+    assert ids(path) == ["00000001"]
+    assert len(list(path.parent.glob("*.damaged-*[0-9]"))) == 1
+
+
 @pytest.mark.parametrize("removed", [("-wal",), ("-wal", "-shm")])
 def test_a_log_that_is_removed_costs_no_record(
     open_store: Callable[..., HistoryWriter],

@@ -221,7 +221,8 @@ import json, logging, sys
 from pathlib import Path
 from koopmon.config import from_mapping
 from koopmon.errors import KoopmonError
-from koopmon.monitor.daemon import Monitor, serve
+from koopmon.monitor.daemon import Monitor
+from koopmon.monitor.process import serve
 logging.basicConfig(level=logging.INFO)
 given = json.loads(sys.argv[1])
 try:

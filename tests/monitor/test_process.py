@@ -7,12 +7,16 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.flooders import Flooders
+from koopmon.errors import EndpointError
+from koopmon.monitor import process
+from koopmon.monitor.daemon import Addresses
 from koopmon.wire.messages import Applied, Heartbeat, TrainingStep
 from tests.monitor.conftest import ScriptedAgent
 
@@ -118,3 +122,14 @@ def test_a_large_snapshot_holds_up_neither_another_run_nor_the_end(
     with monitor.history() as history:
         assert [row.step for row in history.profiles("small")] == [1, 2, 3]
         assert [row.step for row in history.profiles("large")] == [1]
+
+
+@pytest.mark.parametrize("name", ["none/ready", "file/ready", "directory", "x" * 250, "loop/ready"])
+def test_a_ready_file_that_cannot_be_written_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    addresses = Addresses("tcp://127.0.0.1:1", "tcp://127.0.0.1:2", "127.0.0.1:3")
+    with pytest.raises(EndpointError, match=r"ready file .*: cannot be written"):
+        process._write_ready(tmp_path / name, addresses)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "file", "loop"]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from koopmon.history.plain_profile import PlainProfile
 from koopmon.history.reader import ProfileRow

@@ -59,7 +59,7 @@ class LiveBackfill:
             if self._stop.is_set():
                 return
             with _isolated(row.name):
-                points = [TimelinePoint.of_row(each) for each in history.observations(row.name, last=MAX_POINTS)]
+                points = [TimelinePoint.of_row(each) for each in history.assessments(row.name, last=MAX_POINTS)]
                 logged = LoggedPoint.of_rows(history.heartbeats(row.name, last=MAX_POINTS))
                 decisions = [DecisionView.of_row(each) for each in history.decisions(row.name, last=MAX_DECISIONS)]
                 view = _recorded_view(history, row)
