@@ -238,7 +238,7 @@ def test_blocks_that_stop_being_called_are_counted_and_said_once(
     optimizer, agent = attached(agents, monitor, model)
     for step in range(10):
         if step == 3:
-            model.blocks = copy.deepcopy(model.blocks)  # the replacement of a block is a copy without taps
+            model.run = lambda block, h: block.forward(h)  # calls no hooks
         train_step(model, optimizer, step)
     monitor.wait(lambda: len(monitor.shards) == 2)
     assert [header.step for header, _ in monitor.shards] == [1, 2]
