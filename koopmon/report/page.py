@@ -58,7 +58,7 @@ def page(report: RunReport) -> str:
         risk_chart=risk_chart(points, report.decisions, report.policy, axis),
         scalar_charts=Markup("").join(scalar_chart(points, scalar, axis) for scalar in SCALARS),
         logged_charts=logged_charts(report.logged, axis),
-        scalars=SCALARS,
+        scalars=[scalar for scalar in SCALARS if scalar.is_shown(points)],
         highlights=[
             ("first", points[0]),
             ("highest risk", max(points, key=lambda point: point.risk)),
