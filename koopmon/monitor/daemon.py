@@ -43,6 +43,7 @@ from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.service import Outputs, Service
 from koopmon.monitor.systemd import Watchdog, sd_notify
 from koopmon.monitor.target_file import TargetDirectory, announced
+from koopmon.monitor.trainer_status import open_status
 from koopmon.notify.notifier import Notifier
 from koopmon.notify.targets import read_targets
 from koopmon.risk import calibration
@@ -166,6 +167,8 @@ class Monitor:
         instance = f"{platform.node()}:{http.rpartition(':')[2]}"
         if (push := open_push(registry, os.environ, instance)) is not None:
             stack.callback(push.close)
+        if self.config.monitor.trainer_status and (status := open_status(outputs.metrics, os.environ)) is not None:
+            stack.callback(status.close)
         self._addresses = Addresses(self._control.endpoint, self._data.endpoint, http, scheme)
 
     def _open_outputs(self, stack: ExitStack, registry: CollectorRegistry) -> Outputs:

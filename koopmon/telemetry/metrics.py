@@ -328,6 +328,16 @@ class Metrics(Collector):
             run = labels[0] if BY_NAME[name].of_run else ""
             return self._values.get(run, {}).get(name, {}).get(labels)
 
+    def gauges(self, names: Iterable[str]) -> dict[str, dict[str, float]]:
+        """Return the known values of some gauges of runs, by run and name. A run without one of them is left out."""
+        chosen = tuple(names)
+        with self._lock:
+            known = {
+                run: {name: series[name][run,] for name in chosen if (run,) in series.get(name, {})}
+                for run, series in self._values.items()
+            }
+        return {run: values for run, values in known.items() if values}
+
     def observe_duration(self, seconds: float) -> None:
         """Add the duration of one profile to dmd_duration_seconds."""
         with self._lock:

@@ -63,6 +63,11 @@ class Scalar:
     banded: bool = False
     """True for a scalar with a band of its own history, which it leaves upwards alone."""
 
+    @property
+    def heading(self) -> str:
+        """Title within a row of lower-case titles; an abbreviation keeps its letters."""
+        return self.title if self.title[:2].isupper() else self.title.lower()
+
     def of(self, point: TimelinePoint) -> float | None:
         """Value at one point; None where it is unknown or not finite."""
         training = point.training

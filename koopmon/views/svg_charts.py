@@ -248,7 +248,7 @@ def eigenvalue_plot(spectrum: Spectrum, limit: float | None = None) -> Markup:
         ring=[scale * modulus for modulus in reversed(RING)],
         description=description,
         rim=EDGE if outside else 0.0,
-        beyond=f"{outside} beyond modulus {limit:g}, the largest {number(max(moduli))}, are drawn at the dashed rim."
+        beyond=f"At the dashed rim: {outside} beyond modulus {limit:g}, the largest {number(max(moduli))}."
         if outside
         else "",
     )

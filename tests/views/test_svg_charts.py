@@ -235,7 +235,7 @@ def test_eigenvalues_lie_in_the_plane_and_far_ones_on_the_rim() -> None:
     assert far.attrib["d"] == f"M{0.6 * EDGE:.1f},{-0.8 * EDGE:.1f}h0"
     assert (near.attrib["class"], far.attrib["class"]) == ("depth-0", "depth-15")
     assert "2 of 3 in the near-unit ring, 1 beyond it; the largest modulus is 50." in drawn
-    assert "1 beyond modulus 3, the largest 50, are drawn at the dashed rim." in drawn
+    assert "At the dashed rim: 1 beyond modulus 3, the largest 50." in drawn
 
 
 def test_the_plotted_modulus_follows_the_largest_within_bounds() -> None:
