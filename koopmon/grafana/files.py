@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from koopmon.grafana.dashboard_resource import dashboard_resource
 from koopmon.grafana.dashboards import dashboards
 from koopmon.grafana.rules import grafana_alerting_file, prometheus_rules
 
@@ -56,10 +57,12 @@ def files(*, docs_url: str | None = None, prometheus_url: str = PROMETHEUS_URL) 
 
     `docs_url`: see `prometheus_rules`. `prometheus_url` is the address of Prometheus for the provisioned Grafana.
     """
+    resources = {uid: dashboard_resource(each) for uid, each in dashboards().items()}
     provider = {"name": "koopmon", "folder": FOLDER, "folderUid": FOLDER, "type": "file", "allowUiUpdates": False}
     provider["options"] = {"path": DASHBOARDS_DIRECTORY}
     return {
         **{f"dashboards/{uid}.json": json.dumps(each, indent=2) + "\n" for uid, each in dashboards().items()},
+        **{f"dashboards-v2/{uid}.json": json.dumps(each, indent=2) + "\n" for uid, each in resources.items()},
         "mixin.libsonnet": MIXIN
         % "".join(f"    '{uid}.json': import 'dashboards/{uid}.json',\n" for uid in dashboards()),
         "prometheus/koopmon.rules.yml": _yaml(prometheus_rules(docs_url)),
