@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import os
 import ssl
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -123,6 +124,8 @@ def _plainly(registry: CollectorRegistry) -> Exposition:
 def _application(
     exposition: Exposition, checks: Mapping[str, Callable[[], bool]], live: Sequence[BaseRoute]
 ) -> ASGIApp:
+    with_created = os.environ.get("PROMETHEUS_DISABLE_CREATED_SERIES", "").lower() not in ("true", "1", "t")
+
     # Plain functions: starlette runs them in threads, so a scrape does not block a health check.
     def metrics(request: Request) -> Response:
         try:
@@ -130,7 +133,8 @@ def _application(
         except (TypeError, ValueError):  # choose_encoder fails on some version parameters
             encode, content_type = choose_encoder("")
         # In the older text format the time of a start would be a metric of its own.
-        body = exposition(encode, created=content_type.startswith("application/openmetrics-text"))
+        created = with_created and content_type.startswith("application/openmetrics-text")
+        body = exposition(encode, created=created)
         headers = {"content-type": content_type, "vary": "accept-encoding"}
         if gzip_accepted(request.headers.get("accept-encoding", "")):
             body, headers["content-encoding"] = gzip.compress(body, compresslevel=1), "gzip"
