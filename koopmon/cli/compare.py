@@ -34,7 +34,6 @@ def compare(
     A run is bad if its risk reached `[policy] act_risk` of the configuration, or if its states or its loss were not
     finite. The facts are settings, sizes, versions, and measurements at the start of the run.
     """
-    from koopmon.report.comparison_page import comparison_page
     from koopmon.views.comparison import compared_run, shared_facts
     from koopmon.views.run_summary import RecordedRun
 
@@ -51,6 +50,8 @@ def compare(
                 recorded.append(RecordedRun.read(history, name))
     shared = shared_facts(found)
     if out is not None:
+        from koopmon.report.comparison_page import comparison_page
+
         try:
             out.write_text(comparison_page(_rows(found), shared, _nothing(found, act_risk), recorded, policy), "utf-8")
         except OSError as error:
