@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+import pytest
 
 from koopmon.config import PolicyConfig
 from koopmon.report.comparison_page import comparison_page
@@ -10,6 +13,7 @@ from koopmon.views.comparison import SharedFact
 from koopmon.views.run_summary import RecordedRun
 from tests.factories import point
 from tests.reading import Reading
+from tests.report.browser import check_in_browser
 
 HOSTILE = "</title></style><script>alert(1)</script>"
 
@@ -44,3 +48,10 @@ def test_texts_of_peers_are_only_text() -> None:
     read = Reading(made(recorded(HOSTILE, 1, 2), recorded("b", 1, 2), shared=[fact]))
     assert "script" not in {name for name, _ in read.tags}
     assert f"host{HOSTILE}: a (good runs: b)" in read.text
+
+
+@pytest.mark.process
+@pytest.mark.needs("chromium")
+@pytest.mark.timeout(180)
+def test_in_a_browser_it_is_accessible_and_fits_its_window(tmp_path: Path) -> None:
+    check_in_browser(tmp_path, made(recorded("short", 1, 50), recorded("long", 1, 100)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from koopmon.history.plain_profile import PlainProfile
 from koopmon.report.page import page
 from koopmon.spectral import profile_states
 from tests.reading import Reading
+from tests.report.browser import check_in_browser
 from tests.report.recorder import NAN, Recorder, guarded, states
 
 LOADING = ("src", "srcset", "href", "action", "data", "poster", "background", "xlink:href")
@@ -85,25 +85,7 @@ def test_each_cell_has_the_title_of_its_column(recorder: Recorder) -> None:
 @pytest.mark.needs("chromium")
 @pytest.mark.timeout(180)
 def test_in_a_browser_it_is_accessible_and_fits_its_window(recorder: Recorder, tmp_path: Path) -> None:
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = tmp_path / "report.html"
-    path.write_text(page(guarded(recorder, profiled=True).facts()), encoding="utf-8")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        for width, scheme in itertools.product((375, 1600), ("light", "dark")):
-            # axe runs by a script, which the page forbids.
-            view = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, bypass_csp=True)
-            view.goto(path.as_uri())
-            for summary in view.locator("summary").all():
-                summary.click()
-            found = axe.run(view)
-            assert found.violations_count == 0, found.generate_report()
-            assert view.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
-            cut = "[...document.querySelectorAll('.scroll')].filter(each => each.scrollWidth > each.clientWidth + 1)"
-            assert width == 1600 or view.evaluate(f"{cut}.map(each => each.id)") == []
-            view.close()
-        browser.close()
+    check_in_browser(tmp_path, page(guarded(recorder, profiled=True).facts()))
 
 
 def test_a_restart_and_kss_are_drawn(recorder: Recorder) -> None:
