@@ -291,6 +291,9 @@ class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Rank of the DMD of snapshots."""
     calibrator: str = ""
     """Calibrator file from `koopmon calibrate`. Empty: no probability of divergence is exported."""
+    trainer_status: bool = False
+    """Report step, loss, learning rate, risk and LR scale to Kubeflow Trainer, as `status.trainerStatus` of the
+    TrainJob whose pod runs the monitor. Each report replaces those of others, such as a trainer's own."""
 
 
 class StoreConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -376,13 +376,17 @@ def _look_closer(case: _Case) -> Proposal | None:
         return None
     action = Action(
         kind="set_cadence",
-        reason=f"risk {case.risk.value:.2f}: snapshots every {config.dense_every} steps until step {until}",
+        reason=f"risk {case.risk.value:.2f}: a snapshot every {_steps(config.dense_every)} until step {until}",
         cadence_steps=config.dense_every,
         cadence_until_step=until,
         expires_in_steps=config.dense_steps,
     )
     phase: Phase = "alert" if case.state.phase == "calm" else case.state.phase
     return (action,), replace(case.state, dense_until=until, phase=phase), ""
+
+
+def _steps(number: int) -> str:
+    return "step" if number == 1 else f"{number} steps"
 
 
 def _finite(value: float | None) -> bool | None:

@@ -36,8 +36,9 @@ CHOICES = (
         " possible, and would let a peer create metric names.",
     ),
     (
-        "no `_created` samples",
-        "They would double the series of the counters. The rules count a counter that is first seen above zero.",
+        "`_created` samples double the series of the counters",
+        "OpenMetrics has them, as the client library of Prometheus does. Its variable"
+        " `PROMETHEUS_DISABLE_CREATED_SERIES=true` leaves them out; no rule needs them.",
     ),
     (
         "a run name with random digits makes new series at each launch",
@@ -53,7 +54,8 @@ CHOICES = (
     ),
     (
         "`runbook_url` points at the monitor",
-        "It is the default because it needs no other server. `koopmon grafana export --docs-url` writes a static page.",
+        "It is the default because it needs no other server. `koopmon grafana export --docs-url`, or `_config.docsUrl`"
+        " of the mixin, names a static page.",
     ),
     (
         "alerts of severity info",
@@ -63,7 +65,7 @@ CHOICES = (
     (
         "thresholds are fixed at the export",
         "Those of the risk come from `koopmon_risk_threshold` of the run. The others are limits of the monitoring"
-        " itself; edit the exported file to change them.",
+        " itself; `_config` of the mixin, or an edit of the exported file, changes them.",
     ),
     (
         "the rules need a job whose name contains koopmon",
@@ -71,7 +73,8 @@ CHOICES = (
     ),
     (
         "classic dashboards, without `__inputs`, and no ConfigMaps",
-        "They load in Grafana 11 to 13. The data source is a variable, so an import needs no input.",
+        "They load in Grafana 11 to 13, and `dashboards-v2` has them in schema V2. The data source is a variable, so an"
+        " import needs no input. The Helm chart has ConfigMaps.",
     ),
 )
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from koopmon.cli.console import print_json, results
 from koopmon.cli.find_history import opened
-from koopmon.cli.options import AsJson, ConfigFile, HistoryFile, run_names
+from koopmon.cli.options import AsJson, ConfigFile, HistoryFile, option, run_names
 from koopmon.config import load
-from koopmon.errors import ConfigError, one_line
+from koopmon.errors import ConfigError, KoopmonError, one_line
 
 if TYPE_CHECKING:
     from koopmon.views.comparison import ComparedRun
@@ -24,6 +25,7 @@ def compare(
         list[str], typer.Argument(metavar="RUN...", help="Names of two or more runs.", autocompletion=run_names)
     ],
     store: HistoryFile = None,
+    out: Annotated[Path | None, option("FILE", "HTML file with charts of all runs on one axis of steps.")] = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> int:
@@ -33,38 +35,62 @@ def compare(
     finite. The facts are settings, sizes, versions, and measurements at the start of the run.
     """
     from koopmon.views.comparison import compared_run, shared_facts
+    from koopmon.views.run_summary import RecordedRun
 
     names = list(dict.fromkeys(runs))
     if len(names) < 2:
         raise ConfigError("RUN...: expected two or more different runs; `koopmon runs` lists them")
-    act_risk = load(config).policy.act_risk
-    found = []
+    policy = load(config).policy
+    act_risk = policy.act_risk
+    found, recorded = [], []
     for each in names:
         with opened(each, store) as (history, path, name):
             found.append(compared_run(history, path.absolute(), name, act_risk, time.time()))
+            if out is not None:
+                recorded.append(RecordedRun.read(history, name))
     shared = shared_facts(found)
+    if out is not None:
+        from koopmon.report.comparison_page import comparison_page
+
+        try:
+            out.write_text(comparison_page(_rows(found), shared, _nothing(found, act_risk), recorded, policy), "utf-8")
+        except OSError as error:
+            raise KoopmonError(f"--out {out}: cannot be written: {error.strerror}") from None
     if as_json:
         print_json({"act_risk": act_risk, "runs": [asdict(run) for run in found], "only_bad": shared})
         return 0
     _print(found)
     num_bad = sum(run.problem is not None for run in found)
-    num_good = len(found) - num_bad
-    out = results()
-    if not num_bad or not num_good:
-        kind = "good: no risk" if not num_bad else "bad: a risk"
-        out.print(f"all runs are {kind} of {act_risk:.2f} or more", soft_wrap=True)
-        return 0
-    out.print(f"only the bad runs ({num_bad} of {len(found)}) have in common:", soft_wrap=True)
-    lines = [one_line(f"  {fact.words}", 500) for fact in shared]
-    out.print(*lines or ["  no known fact"], sep="\n", soft_wrap=True)
+    if num_bad in (0, len(found)):
+        lines = [_nothing(found, act_risk)]
+    else:
+        lines = [f"only the bad runs ({num_bad} of {len(found)}) have in common:"]
+        lines += [one_line(f"  {fact.words}", 500) for fact in shared] or [f"  {_nothing(found, act_risk)}"]
+    results().print(*lines, sep="\n", soft_wrap=True)
     return 0
+
+
+def _nothing(runs: Sequence[ComparedRun], act_risk: float) -> str:
+    """Return the sentence for runs without a shared fact."""
+    num_bad = sum(run.problem is not None for run in runs)
+    if num_bad in (0, len(runs)):
+        kind = "good: no risk" if not num_bad else "bad: a risk"
+        return f"all runs are {kind} of {act_risk:.2f} or more"
+    return "no known fact"
 
 
 def _print(runs: Sequence[ComparedRun]) -> None:
     from rich.table import Column, Table
 
     table = Table("", *(Column(one_line(run.run, 128), overflow="fold") for run in runs))
-    rows: dict[str, list[str]] = {
+    for name, cells in _rows(runs).items():
+        table.add_row(name, *cells)
+    results(width=max(120, 40 * len(runs))).print(table, soft_wrap=True)
+
+
+def _rows(runs: Sequence[ComparedRun]) -> dict[str, list[str]]:
+    """Return one text for each run, by title."""
+    return {
         "state": [run.state for run in runs],
         "verdict": ["good" if run.problem is None else f"bad: {run.problem}" for run in runs],
         "launches": [str(run.num_launches) for run in runs],
@@ -76,9 +102,6 @@ def _print(runs: Sequence[ComparedRun]) -> None:
         "lowest LR scale": [_number(run.min_lr_scale) for run in runs],
         "actions": ["\n".join(run.actions) or "none" for run in runs],
     }
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
-    results(width=max(120, 40 * len(runs))).print(table, soft_wrap=True)
 
 
 def _risk(run: ComparedRun) -> str:

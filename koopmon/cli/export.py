@@ -13,7 +13,7 @@ from koopmon.cli.options import HistoryFile, RunArgument, option
 from koopmon.errors import ConfigError, KoopmonError
 
 _FORMATS = ("csv", "json", "parquet", "arrow")
-_TABLES = ("snapshots", "layers", "commands")
+_TABLES = ("snapshots", "layers", "commands", "logged")
 
 
 def export(
@@ -23,12 +23,12 @@ def export(
         option("|".join(_FORMATS), "Format. Default: that of the suffix of --out, else csv.", "--format"),
     ] = None,
     table: Annotated[
-        str, option("|".join(_TABLES), "Table: one row for each snapshot, layer or command.")
+        str, option("|".join(_TABLES), "Table: one row for each snapshot, layer, command or logged scalar.")
     ] = "snapshots",
     out: Annotated[Path | None, option("FILE", "File to write. Default: standard output.")] = None,
     store: HistoryFile = None,
 ) -> int:
-    """Write the snapshots, layers or commands of a run as CSV, JSON, Parquet or Arrow.
+    """Write the snapshots, layers, commands or logged scalars of a run as CSV, JSON, Parquet or Arrow.
 
     Parquet and Arrow need the extra `export`. Without RUN it is the latest run. It works during a run and after it.
     docs/export.md describes the columns.

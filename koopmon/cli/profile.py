@@ -35,6 +35,12 @@ _COLUMNS = {
     "k": "update_exponent",
     "reliable": "reliable_mode_ratio",
 }
+_LEGEND = (
+    "M~1, M>1, M<1: shares of the eigenvalues near, above and below modulus 1; rho: largest modulus; kappa: condition"
+    " number of the eigenvectors; Kreiss: bound of transient growth; eta: nonlinearity; update: size of the update"
+    " relative to the state; k: growth of the update with the state, 0 behind a normalisation; reliable: share of modes"
+    " with a small residual"
+)
 
 
 def profile(
@@ -167,7 +173,10 @@ def _table(name: str, captured: CapturedStates, spectrum: SpectralProfile) -> Ta
     tokens = f"{spectrum.num_samples} of {captured.num_tokens} tokens{', masked' if captured.masked else ''}"
     stack = captured.discovery.stack.name or "the model itself"  # a Sequential of blocks has an empty path
     found = f"adapter {captured.discovery.adapter.name}, stack {stack}"
-    table = Table(title=f"{name}: {found}; {tokens}, {rank}", title_justify="left", title_style="")
+    table = Table(
+        title=f"{name}: {found}; {tokens}, {rank}", title_justify="left", title_style="",
+        caption=_LEGEND, caption_justify="left", caption_style="",
+    )  # fmt: skip
     table.add_column("layer", justify="right")
     for heading in (*_COLUMNS, *captured.observables):
         table.add_column(heading, justify="right")

@@ -78,7 +78,7 @@ class Pages:
         self.runs, self.read = _samples(text), True
         if alive == ready == 200:
             known = ", ".join(f"{run} {_state(samples)}" for run, samples in list(self.runs.items())[-5:])
-            yield ok("pages", f"{self.url} is healthy; runs: {known or 'none yet'}")
+            yield ok("pages", f"{self.url} is healthy; runs: {known or 'none at present'}")
 
     def _get(self, page: str) -> tuple[int, str]:
         parts = urlsplit(self.url)

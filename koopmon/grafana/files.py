@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from koopmon.grafana.dashboard_resource import dashboard_resource
 from koopmon.grafana.dashboards import dashboards
 from koopmon.grafana.rules import grafana_alerting_file, prometheus_rules
 
@@ -21,16 +22,30 @@ PROMETHEUS_URL = "http://prometheus:9090"
 MIXIN = """\
 // A monitoring mixin: `jsonnet -J vendor` or mixtool render it, and other mixins add to it.
 local groups = std.parseYaml(importstr 'prometheus/koopmon.rules.yml').groups;
-local only(kind) = [
-  group { rules: [rule for rule in group.rules if kind in rule] }
+local only(kind, change) = [
+  group { rules: [change(rule) for rule in group.rules if kind in rule && change(rule) != null] }
   for group in groups
-  if std.length([rule for rule in group.rules if kind in rule]) > 0
+  if std.length([rule for rule in group.rules if kind in rule && change(rule) != null]) > 0
 ];
 {
+  _config+:: {
+    // Address of a page with the runbooks; null: the page /alerts of the monitor.
+    docsUrl: null,
+    // Alerts to leave out, by name.
+    disabled: [],
+    // Changes of single alerts by name, such as { KoopmonRiskHigh: { 'for': '5m' } }.
+    alerts: {},
+  },
+  local config = self._config,
+  local changed(rule) =
+    if std.member(config.disabled, rule.alert) then null
+    else rule
+         + (if config.docsUrl == null then {} else { annotations+: { runbook_url: config.docsUrl + '#' + rule.alert } })
+         + std.get(config.alerts, rule.alert, {}),
   grafanaDashboards+:: {
 %s  },
-  prometheusAlerts+:: { groups+: only('alert') },
-  prometheusRules+:: { groups+: only('record') },
+  prometheusAlerts+:: { groups+: only('alert', changed) },
+  prometheusRules+:: { groups+: only('record', function(rule) rule) },
 }
 """
 PAGES = Path(__file__).parent / "pages"
@@ -42,10 +57,12 @@ def files(*, docs_url: str | None = None, prometheus_url: str = PROMETHEUS_URL) 
 
     `docs_url`: see `prometheus_rules`. `prometheus_url` is the address of Prometheus for the provisioned Grafana.
     """
+    resources = {uid: dashboard_resource(each) for uid, each in dashboards().items()}
     provider = {"name": "koopmon", "folder": FOLDER, "folderUid": FOLDER, "type": "file", "allowUiUpdates": False}
     provider["options"] = {"path": DASHBOARDS_DIRECTORY}
     return {
         **{f"dashboards/{uid}.json": json.dumps(each, indent=2) + "\n" for uid, each in dashboards().items()},
+        **{f"dashboards-v2/{uid}.json": json.dumps(each, indent=2) + "\n" for uid, each in resources.items()},
         "mixin.libsonnet": MIXIN
         % "".join(f"    '{uid}.json': import 'dashboards/{uid}.json',\n" for uid in dashboards()),
         "prometheus/koopmon.rules.yml": _yaml(prometheus_rules(docs_url)),

@@ -36,6 +36,7 @@ from koopmon.monitor.memory import MemoryWatch
 from koopmon.monitor.otlp import open_push
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.service import Outputs, Service
+from koopmon.monitor.trainer_status import open_status
 from koopmon.notify.notifier import Notifier
 from koopmon.notify.targets import read_targets
 from koopmon.risk import calibration
@@ -159,6 +160,8 @@ class Monitor:
         instance = f"{platform.node()}:{http.rpartition(':')[2]}"
         if (push := open_push(registry, os.environ, instance)) is not None:
             stack.callback(push.close)
+        if self.config.monitor.trainer_status and (status := open_status(outputs.metrics, os.environ)) is not None:
+            stack.callback(status.close)
         self._addresses = Addresses(self._control.endpoint, self._data.endpoint, http, scheme)
 
     def _open_outputs(self, stack: ExitStack, registry: CollectorRegistry) -> Outputs:

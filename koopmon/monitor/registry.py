@@ -187,10 +187,7 @@ class Run:
         """Return the reading of the loss at a snapshot; None where it is unknown."""
         if training.loss is None:
             return None
-        band = self.bands.setdefault("loss", Band(upper_only=True))
-        # A script that logs its loss at fewer steps than snapshots exist repeats it.
-        known = band.reading is not None and band.reading.value == training.loss
-        return band.read(band.reading.step if known and band.reading else training.step, training.loss)
+        return self.bands.setdefault("loss", Band(upper_only=True)).read_measured(training.step, training.loss)
 
     def newly_not_finite(self, step: int) -> bool:
         """Return True if `step` is later than every reported step with non-finite states; stores it."""

@@ -45,7 +45,12 @@ def _facts(report: RunReport) -> Iterator[tuple[str, str]]:
     if report.beside:
         yield "Other runs of the job", f"{', '.join(report.beside)}: `koopmon report NAME`"
     yield "Time span", span(report.last_seen - report.first_seen)
-    yield "Share of step time", f"{percent(report.agent.max_overhead_ratio)} at most"
+    agent = report.agent
+    yield (
+        "Share of step time",
+        f"{percent(agent.mean_overhead_ratio)} on average, {percent(agent.max_overhead_ratio)} at most;"
+        " a start has a credit above the budget",
+    )
 
 
 def _risk(report: RunReport) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from importlib.resources import files
+from typing import Any
 
 from markupsafe import Markup
 
@@ -31,18 +32,23 @@ MAX_ROWS = 300
 MAX_LAYERS = 64
 
 
+def document(template: str, kind: str, heading: str, **values: Any) -> str:
+    """Return a page of one file. `kind` is its kind in words."""
+    style = Markup("\n".join(files(package).joinpath(name).read_text("utf-8") for package, name in STYLES))  # noqa: S704 - ours
+    return render("koopmon.report", template, kind=kind, heading=heading, version=__version__, style=style, **values)
+
+
 def page(report: RunReport) -> str:
     """Return the whole document."""
     profiles, points = report.profiles, report.points
     axis = StepAxis.of(points, report.logged)
     spectra, columns = profiles.spectra, profiles.columns
     limit = plotted_modulus([modulus for each in spectra for modulus in each.spectrum.moduli()])
-    return render(
-        "koopmon.report",
+    return document(
         "report.html",
+        "report",
+        report.run,
         report=report,
-        version=__version__,
-        style=Markup("\n".join(files(package).joinpath(name).read_text("utf-8") for package, name in STYLES)),  # noqa: S704 - ours
         glance=glance(report),
         launches={each.incarnation: number for number, each in enumerate(report.launches, 1)},
         most=MAX_ROWS,
@@ -58,7 +64,7 @@ def page(report: RunReport) -> str:
         risk_chart=risk_chart(points, report.decisions, report.policy, axis),
         scalar_charts=Markup("").join(scalar_chart(points, scalar, axis) for scalar in SCALARS),
         logged_charts=logged_charts(report.logged, axis),
-        scalars=SCALARS,
+        scalars=[scalar for scalar in SCALARS if scalar.is_shown(points)],
         highlights=[
             ("first", points[0]),
             ("highest risk", max(points, key=lambda point: point.risk)),

@@ -239,7 +239,9 @@ def _episode(high: Sequence[TimelinePoint], last_step: int | None) -> Episode:
 def _loss_course(points: Sequence[TimelinePoint], alarm: tuple[str, int] | None) -> LossCourse | None:
     """Compare the loss before and after the first alarm; None without an alarm or with too few losses."""
     place = next((index for index, point in enumerate(points, 1) if (point.incarnation, point.step) == alarm), 0)
-    before, after = _losses(points[:place])[-CLOSE:], _losses(points[place:])
+    # A launch that starts again from the first step is another training.
+    later = [point for point in points[place:] if alarm is None or point.step >= alarm[1]]
+    before, after = _losses(points[:place])[-CLOSE:], _losses(later)
     if min(len(before), len(after)) < MIN_SNAPSHOTS:
         return None
     last = statistics.median(after[-CLOSE:])

@@ -53,8 +53,8 @@ _PLACE = (
 )
 _TRAINING = {
     "learning_rate": "largest learning rate over the parameter groups, before the LR scale",
-    "loss": "loss that the script logged",
-    "grad_norm": "gradient norm that the script logged",
+    "loss": "loss, measured or logged by the script, mean over ranks",
+    "grad_norm": "norm of the gradients, measured or logged by the script, mean over ranks",
     "lr_scale": "LR scale in force: koopmon's factor on the learning rate",
     "kss_alpha": "weight of KSS in force",
     "update_rms": "RMS over parameters of the gradient's norm over that of the root of its second moment",
@@ -102,6 +102,16 @@ def _layers(history: HistoryReader, run: str) -> Iterator[Row]:
             columns = [row.profile.columns[name] for name in _LAYER]
             for index, (informative, *values) in enumerate(zip(row.profile.informative, *columns, strict=True)):
                 yield (*(run, row.incarnation, row.step, row.time, index, informative), *values)
+
+
+def _logged(history: HistoryReader, run: str) -> Iterator[Row]:
+    latest: dict[tuple[str, str], int] = {}
+    for row in history.heartbeats(run):
+        for name, each in row.logged.items():
+            # A heartbeat repeats the latest value.
+            if latest.get((row.incarnation, name)) != each.step:
+                latest[row.incarnation, name] = each.step
+                yield (run, row.incarnation, each.step, row.time, name, each.value, each.low, each.high)
 
 
 def _commands(history: HistoryReader, run: str) -> Iterator[Row]:
@@ -162,6 +172,18 @@ TABLES = {
                 ExportColumn("detail", "text", "detail of the acknowledgement"),
             ),
             _commands,
+        ),
+        ExportTable(
+            "logged",
+            "one row for each value of a scalar of `agent.log` in a recorded heartbeat",
+            (
+                *_PLACE,
+                ExportColumn("name", "text", "name of the scalar"),
+                ExportColumn("value", "number", "its value; unknown if it was not finite"),
+                ExportColumn("band_low", "number", "lower limit of the band of its own history"),
+                ExportColumn("band_high", "number", "upper limit of the band of its own history"),
+            ),
+            _logged,
         ),
     )
 }

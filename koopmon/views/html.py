@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import time
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from koopmon.errors import one_line
 
@@ -67,6 +69,17 @@ def _text(value: object) -> object:
     return one_line(value, MAX_TEXT)
 
 
+def _labelled(cells: Markup, heads: Sequence[str | Sequence[str]]) -> Markup:
+    """Add the title of its column and its role to each cell of a row. Texts in cells are escaped."""
+    titles = iter(head if isinstance(head, str) else head[0] for head in heads)
+
+    def label(match: re.Match[str]) -> str:
+        role = "rowheader" if match[1] == "th" else "cell"
+        return f'{match[0]} role="{role}" data-label="{escape(next(titles))}"'
+
+    return Markup(re.sub(r"<(td|th)\b", label, cells))  # noqa: S704 - escaped
+
+
 @functools.cache
 def templates(package: str) -> Environment:
     """Environment with the templates of `package` and those of this package."""
@@ -82,6 +95,7 @@ def templates(package: str) -> Environment:
     environment.filters |= {each.__name__: each for each in (number, decimal, count, percent, span, ago, moment)}
     environment.filters["quote"] = functools.partial(quote, safe="")
     environment.filters["numeric"] = lambda title: (title, "n")
+    environment.filters["labelled"] = _labelled
     return environment
 
 

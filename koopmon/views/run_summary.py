@@ -12,6 +12,7 @@ from koopmon.errors import StoreError
 from koopmon.history.reader import HeartbeatRow, HistoryReader, IncarnationRow
 from koopmon.history.schema import RunState
 from koopmon.views.run_view import DecisionView, TimelinePoint
+from koopmon.wire.messages import TrainingStep
 
 UNHEARD_SECONDS = 120.0
 """A run recorded as running without a write for this many seconds has the state "unheard"."""
@@ -208,7 +209,13 @@ def summary_of(run: RecordedRun, store: Path) -> RunSummary:
         for number, row in enumerate(run.launches, 1)
         if row.hello is not None
     )
-    return replace(_summary(run, store), launches=launches)
+    total = replace(_summary(run, store), launches=launches)
+    if not launches:
+        return total
+    # A launch may begin with the user's own settings again.
+    counts = {name: sum(getattr(each, name) for each in launches) for name in ("num_backoffs", "num_kss")}
+    lowest = min(each.min_lr_scale for each in launches)
+    return replace(total, min_lr_scale=lowest, max_kss_alpha=max(each.max_kss_alpha for each in launches), **counts)
 
 
 def _broken_step(points: Sequence[TimelinePoint]) -> int | None:
@@ -226,8 +233,9 @@ def _summary(run: RecordedRun, store: Path) -> RunSummary:
     worst = max(run.points, key=lambda point: point.risk, default=None)
     commands = [each for decision in run.decisions for each in decision.commands]
     sent = [each.command for each in commands if each.outcome in _SENT]
-    scales = [1.0, *(command.lr_scale for command in sent if command.lr_scale is not None)]
-    alphas = [0.0, *(command.kss.alpha for command in sent if command.kss is not None)]
+    held = run.points[0].training if run.points else TrainingStep(step=0)
+    scales = [held.lr_scale, *(command.lr_scale for command in sent if command.lr_scale is not None)]
+    alphas = [held.kss_alpha, *(command.kss.alpha for command in sent if command.kss is not None)]
     backoffs = [new for old, new in pairwise(scales) if new < old]
     raised = [new for old, new in pairwise(alphas) if new > old]
     outcomes = [each.outcome for each in commands]

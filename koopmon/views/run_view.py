@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import msgspec
 
+from koopmon.risk.band import Band
 from koopmon.risk.online_detector import foresight
 from koopmon.wire.messages import AtStep
 
@@ -49,8 +50,8 @@ class Scalar:
     name: str
     title: str
     digits: int = 3
-    chart: str = ""
-    """CSS class of its line; empty for a scalar that has no chart."""
+    chart: str
+    """CSS class of its line."""
     unit_scale: bool = False
     """True for a chart from 0 to 1; otherwise the chart fits the data."""
     held: bool = False
@@ -59,6 +60,13 @@ class Scalar:
     """True for a rate that is multiplied by the LR scale."""
     idle: float | None = None
     """The chart is left out while all values equal this one."""
+    banded: bool = False
+    """True for a scalar with a band of its own history, which it leaves upwards alone."""
+
+    @property
+    def heading(self) -> str:
+        """Title within a row of lower-case titles; an abbreviation keeps its letters."""
+        return self.title if self.title[:2].isupper() else self.title.lower()
 
     def of(self, point: TimelinePoint) -> float | None:
         """Value at one point; None where it is unknown or not finite."""
@@ -68,15 +76,38 @@ class Scalar:
             value *= training.lr_scale
         return None if value is None or not math.isfinite(value) else value
 
+    def is_shown(self, points: Iterable[TimelinePoint]) -> bool:
+        """Return False if the values at all points are unknown or the idle one."""
+        return any(value not in (None, self.idle) for value in map(self.of, points))
+
+
+MAX_BANDED = 5000
+"""Maximum number of points with a band."""
+
+
+def upper_limits(points: Sequence[TimelinePoint], scalar: Scalar) -> list[tuple[TimelinePoint, float]]:
+    """Return the points of the latest launch with the upper limit of the scalar's own band, as far as it has one.
+
+    The monitor computes the same band for its alert on the loss.
+    """
+    band, found = Band(upper_only=True), []
+    for point in points[-MAX_BANDED:]:
+        if point.incarnation == points[-1].incarnation:
+            value: float | None = getattr(point.training, scalar.name)
+            reading = None if value is None else band.read_measured(point.step, value)
+            if reading is not None and reading.high is not None:
+                found.append((point, reading.high))
+    return found
+
 
 SCALARS = (
-    Scalar(name="loss", title="Loss", digits=4, chart="loss"),
+    Scalar(name="loss", title="Loss", digits=4, chart="loss", banded=True),
     Scalar(name="learning_rate", title="LR in force", chart="rate", in_force=True),
     Scalar(name="grad_norm", title="Gradient norm", chart="norm"),
     Scalar(name="lr_scale", title="LR scale", chart="scale", unit_scale=True, held=True),
     Scalar(name="kss_alpha", title="KSS alpha", chart="kss", held=True, idle=0.0),
-    Scalar(name="update_rms", title="Update RMS"),
-    Scalar(name="log_partition", title="Log-partition"),
+    Scalar(name="update_rms", title="Update RMS", chart="update"),
+    Scalar(name="log_partition", title="Log-partition", chart="partition"),
 )
 
 

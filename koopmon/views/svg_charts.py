@@ -15,7 +15,15 @@ from markupsafe import Markup
 
 from koopmon.config import PolicyConfig
 from koopmon.views.html import decimal, macro, number
-from koopmon.views.run_view import SCALARS, DecisionView, LoggedPoint, Scalar, TimelinePoint, training_commands
+from koopmon.views.run_view import (
+    SCALARS,
+    DecisionView,
+    LoggedPoint,
+    Scalar,
+    TimelinePoint,
+    training_commands,
+    upper_limits,
+)
 from koopmon.views.spectra import Spectrum
 
 RISK_HEIGHT, SMALL_HEIGHT, SPARK_HEIGHT = 220, 90, 24
@@ -132,7 +140,12 @@ def scalar_chart(points: Sequence[TimelinePoint], scalar: Scalar, axis: StepAxis
         return Markup("")
     scaled, is_log = _scale(known, unit=scalar.unit_scale)
     lines = _lines(axis, points, values, scalar.chart, SMALL_HEIGHT, scaled, held=scalar.held)
-    return _small_chart(scalar.title, known, (0.0, 1.0) if scalar.unit_scale else None, scaled, lines, axis, is_log)
+    limits = (0.0, 1.0) if scalar.unit_scale else None
+    # A limit far above the values does not stretch the chart: the band then reaches its top.
+    tops = [(10 * axis.place(each.step), scaled(high)) for each, high in upper_limits(points, scalar) if scalar.banded]
+    edge = [*tops, *((x, 0.0) for x, _ in (tops[-1:] + tops[:1]))]
+    band = _polyline(((x, y) for x, y in edge if y is not None), SMALL_HEIGHT) if tops else ""
+    return _small_chart(scalar.title, known, limits, scaled, lines, axis, is_log, band)
 
 
 def logged_charts(points: Sequence[LoggedPoint], axis: StepAxis | None = None) -> list[Markup]:
@@ -232,7 +245,7 @@ def eigenvalue_plot(spectrum: Spectrum, limit: float | None = None) -> Markup:
         ring=[scale * modulus for modulus in reversed(RING)],
         description=description,
         rim=EDGE if outside else 0.0,
-        beyond=f"{outside} beyond modulus {limit:g}, the largest {number(max(moduli))}, are drawn at the dashed rim."
+        beyond=f"At the dashed rim: {outside} beyond modulus {limit:g}, the largest {number(max(moduli))}."
         if outside
         else "",
     )

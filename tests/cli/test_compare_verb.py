@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from koopmon.cli import main
+from tests.reading import Reading
 from tests.report.recorder import Recorder, guarded
 
 
@@ -56,6 +57,24 @@ def test_the_configuration_defines_a_bad_run(state: Path, capsys: pytest.Capture
     (state / "k.toml").write_text("[policy]\nact_risk = 0.9\nsevere_risk = 0.95\n")
     assert main(["compare", "good-1", "bad", "--config", "k.toml"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "all runs are good: no risk of 0.90 or more"
+
+
+def test_a_page_has_the_figures_and_a_chart_of_each_run(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "good-1", "bad", "--out", "c.html"]) == 0
+    read = Reading((state / "c.html").read_text())
+    assert [text for level, text in read.headings if level == 3] == ["good-1", "bad"]
+    assert "width: 12 (good runs: 6)" in read.text
+    assert "0.85 at step 40" in read.text
+    charts = [each for each in read.of("svg") if each.get("class") == "chart"]
+    assert sum("Risk and forecast" in each["aria-label"] for each in charts) == 2
+    assert "script" not in {name for name, _ in read.tags}
+    assert main(["compare", "good-1", "good-2", "--out", "c.html"]) == 0
+    assert "all runs are good: no risk of 0.40 or more" in Reading((state / "c.html").read_text()).text
+
+
+def test_a_page_that_cannot_be_written_is_one_line(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "bad", "good-1", "--out", "none/c.html"]) == 1
+    assert capsys.readouterr().err == "koopmon: --out none/c.html: cannot be written: No such file or directory\n"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from koopmon.cli import main, table_writers
+from koopmon.risk.band import BandReading
 from koopmon.views.export_tables import TABLES
 from tests.report.recorder import NAN, Recorder, guarded
 
@@ -30,6 +31,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recorder = Recorder(path, "mine")
     guarded(recorder)
     recorder.saw(202, 1.0, NAN, non_finite=True)
+    recorder.beat(202, logged={"kl": BandReading(202, 0.5)})
     recorder.close()
     return directory
 

@@ -98,9 +98,17 @@ def test_prometheus_finds_a_short_job_by_itself(
     try:
         agent.hello()
         served = time.monotonic()
-        query = 'koopmon_run_state{run="short",job="koopmon",state="running"}'
-        (risk,) = wait_until(lambda: ask("query", query=query).get("result"))
-        print(f"found and scraped {time.monotonic() - served:.1f} s after the hello")
+        for step in (1, 2, 3):
+            agent.snapshot(step, loss=2.5)
+        agent.heartbeat(3, loss=2.5)
+
+        def scraped(name: str) -> Any:
+            return ask("query", query=f'{name}{{run="short",job="koopmon"}}').get("result")
+
+        (risk,) = wait_until(lambda: scraped("koopmon_risk"))
+        (loss,) = wait_until(lambda: scraped("koopmon_loss"))
+        print(f"loss and risk were scraped {time.monotonic() - served:.1f} s after the hello")
+        assert loss["value"][1] == "2.5"
         assert risk["metric"]["launched_as"] == "short"
         assert "exported_run" not in risk["metric"], "a label of the target would rename that of the series"
     finally:

@@ -56,6 +56,22 @@ def test_the_export_is_a_mixin(tmp_path: Path) -> None:
     code = "import sys, _gojsonnet; print(_gojsonnet.evaluate_file(sys.argv[1]))"
     words = [sys.executable, "-c", code, str(tmp_path / "mine.jsonnet")]
     made = json.loads(subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout)
+    (tmp_path / "mine.jsonnet").write_text("""
+        local mixin = (import 'koopmon/mixin.libsonnet') + { _config+:: {
+          docsUrl: 'https://docs.example.org/alerts/',
+          disabled: ['KoopmonForecastHigh', 'D'],
+          alerts: { KoopmonRiskHigh: { 'for': '5m', labels+: { team: 'research' } } },
+        } };
+        { alerts: mixin.prometheusAlerts.groups }
+    """)
+    own = json.loads(subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout)["alerts"]
+    own_rules = {rule["alert"]: rule for group in own for rule in group["rules"]}
+    assert "KoopmonForecastHigh" not in own_rules
+    assert [group["name"] for group in own] == [group["name"] for group in groups[:3]], "no group is empty"
+    high = own_rules["KoopmonRiskHigh"]
+    assert (high["for"], high["labels"]) == ("5m", {"severity": "critical", "team": "research"})
+    assert high["annotations"]["runbook_url"] == "https://docs.example.org/alerts/#KoopmonRiskHigh"
+    assert own_rules["KoopmonRiskSpike"]["annotations"].keys() == {"summary", "description", "runbook_url"}
     alerts = [{**group, "rules": [rule for rule in group["rules"] if "alert" in rule]} for group in groups]
     assert made["alerts"][:-2] == [group for group in alerts if group["rules"]]
     assert made["alerts"][-2:] == [{"name": "more", "rules": recorded["rules"][1:]}, {"name": "mine", "rules": []}]

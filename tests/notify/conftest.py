@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from koopmon.notify.message import Notification
-from tests.notify.servers import MailServer, WebhookServer
+from tests.notify.servers import MailServer, WebhookServer, make_certificate
 
 Until = Callable[[Callable[[], Any]], Any]
 
@@ -53,14 +52,7 @@ def mail_server() -> Iterator[MailServer]:
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Create a self-signed certificate for 127.0.0.1, and its key."""
-    directory = tmp_path_factory.mktemp("tls")
-    files = str(directory / "cert.pem"), str(directory / "key.pem")
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=koopmon", "-addext", "subjectAltName=IP:127.0.0.1", "-out", files[0], "-keyout", files[1]],
-        check=True, capture_output=True, timeout=60,
-    )  # fmt: skip
-    return files
+    return make_certificate(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture

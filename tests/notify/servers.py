@@ -7,14 +7,27 @@ import contextlib
 import json
 import socketserver
 import ssl
+import subprocess
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 PASSWORD = "p ss-word of the test"
+
+
+def make_certificate(directory: Path) -> tuple[str, str]:
+    """Create a self-signed certificate for 127.0.0.1, and its key."""
+    files = str(directory / "cert.pem"), str(directory / "key.pem")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=koopmon", "-addext", "subjectAltName=IP:127.0.0.1", "-out", files[0], "-keyout", files[1]],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    return files
 
 
 class _Server:

@@ -14,6 +14,7 @@ from koopmon.history.plain_profile import PlainProfile
 from koopmon.history.reader import HistoryReader
 from koopmon.history.writer import HistoryWriter
 from koopmon.report.run_report import RunReport, build_report
+from koopmon.risk.band import BandReading
 from koopmon.spectral import profile_states
 from koopmon.wire.messages import Ack, AckOutcome, Applied, Command, Heartbeat, KssSettings, TrainingStep
 from tests.factories import hello, record_observation
@@ -141,7 +142,7 @@ class Recorder:
             self.scale = lr_scale if lr_scale is not None else self.scale
             self.alpha = alpha if alpha is not None else self.alpha
 
-    def beat(self, step: int, overhead_ratio: float = 0.01) -> None:
+    def beat(self, step: int, overhead_ratio: float = 0.01, logged: Mapping[str, BandReading] | None = None) -> None:
         beat = Heartbeat(
             run=self.run,
             incarnation=self.incarnation,
@@ -151,7 +152,7 @@ class Recorder:
             overhead_ratio=overhead_ratio,
             step_seconds=0.2,
         )
-        self.store.record_heartbeat(self.began + 0.01 * step, beat)
+        self.store.record_heartbeat(self.began + 0.01 * step, beat, logged)
 
     def ended(self, reason: str = "goodbye") -> None:
         self.store.record_state(self.began + 20.0, self.run, self.incarnation, 0, end_reason=reason)

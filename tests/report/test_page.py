@@ -11,6 +11,7 @@ from koopmon.history.plain_profile import PlainProfile
 from koopmon.report.page import page
 from koopmon.spectral import profile_states
 from tests.reading import Reading
+from tests.report.browser import check_in_browser
 from tests.report.recorder import NAN, Recorder, guarded, states
 
 LOADING = ("src", "srcset", "href", "action", "data", "poster", "background", "xlink:href")
@@ -65,6 +66,26 @@ def test_a_guarded_run(recorder: Recorder) -> None:
         f"koopmon replay team/run-1 --store {recorder.path} --policy lr",
     ):
         assert words in read.text
+
+
+def test_each_cell_has_the_title_of_its_column(recorder: Recorder) -> None:
+    read = check_alone(page(guarded(recorder, profiled=True).facts()))
+    cells = [each for kind in ("td", "th") for each in read.of(kind) if each.get("scope") != "col"]
+    assert {each["data-label"] for each in cells} >= {
+        "snapshot",
+        "reason at the start",
+        "verdict",
+        "tokens",
+        "versions",
+    }
+    assert all(each["role"] in ("cell", "rowheader") for each in cells)
+
+
+@pytest.mark.process
+@pytest.mark.needs("chromium")
+@pytest.mark.timeout(180)
+def test_in_a_browser_it_is_accessible_and_fits_its_window(recorder: Recorder, tmp_path: Path) -> None:
+    check_in_browser(tmp_path, page(guarded(recorder, profiled=True).facts()))
 
 
 def test_a_restart_and_kss_are_drawn(recorder: Recorder) -> None:

@@ -81,6 +81,37 @@ def test_a_restart_is_a_second_launch(recorder: Recorder) -> None:
     assert facts.episodes[0].last_step == 9, "what was high ended with its launch"
 
 
+def test_the_loss_of_a_launch_from_the_first_step_does_not_follow_the_alarm(recorder: Recorder) -> None:
+    recorder.hello()
+    for step in range(30):
+        recorder.saw(step, 0.9 if step >= 20 else 0.1, 3.0)
+    recorder.incarnation = "fedcba98"
+    recorder.hello()
+    for step in range(30):
+        recorder.saw(step, 0.1, 9.0 - 0.2 * step)
+    course = recorder.facts().loss
+    assert course is not None
+    assert course.highest == pytest.approx(9.0 - 0.2 * 20), "of the second launch, the steps from the alarm on"
+
+
+@pytest.mark.parametrize(("kept", "count"), [(1.0, 3), (0.5, 2)])
+def test_back_offs_are_counted_from_the_scale_with_which_a_launch_begins(
+    recorder: Recorder, kept: float, count: int
+) -> None:
+    recorder.hello()
+    recorder.saw(1, 0.9)
+    recorder.did(1, 0.9, lr_scale=0.5)
+    recorder.incarnation, recorder.scale = "fedcba98", kept
+    recorder.hello()
+    recorder.saw(1, 0.1)
+    if kept < 1.0:
+        recorder.did(1, 0.1, lr_scale=0.75)
+    recorder.did(2, 0.9, lr_scale=0.5)
+    recorder.did(3, 0.9, lr_scale=0.25 if kept == 1.0 else 0.5)
+    summary = recorder.facts().summary
+    assert (summary.num_backoffs, summary.min_lr_scale) == (count, 0.25 if kept == 1.0 else 0.5)
+
+
 def test_the_forecast_is_that_of_the_detector(recorder: Recorder) -> None:
     recorder.hello()
     recorder.saw(1, 0.1, components={"prior": 0.0, "growth": 0.0})

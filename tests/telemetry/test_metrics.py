@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,36 @@ def test_the_exposition_is_that_of_the_client_library(
     text = metrics.exposition(encode)
     assert text == encode(registry)
     assert b'koopmon_observable_router_entropy{layer="1",run="a/job:2"} 2.5e+12' in text
+
+
+def test_openmetrics_has_the_start_of_every_counter(metrics: Metrics) -> None:
+    metrics.begin_run("job")
+    metrics.set("risk", 0.5, "job")
+    metrics.add("band_departures", "job", "kl")
+    metrics.observe_duration(0.1)
+    began = time.time()
+    text = metrics.exposition(generate_openmetrics, created=True).decode()
+    lines = text.splitlines(keepends=True)
+    assert (
+        "".join(line for line in lines if "_created" not in line) == metrics.exposition(generate_openmetrics).decode()
+    )
+    starts: dict[bool, list[float]] = {True: [], False: []}
+    for family in parse_openmetrics(text):
+        samples = [sample for sample in family.samples if not sample.name.endswith(("_bucket", "_sum"))]
+        counted = [sample for sample in samples if not sample.name.endswith("_created")]
+        created = [sample for sample in samples if sample.name.endswith("_created")]
+        expected = [sample.labels for sample in counted] if family.type in ("counter", "histogram") else []
+        assert [sample.labels for sample in created] == expected
+        for sample in created:
+            starts["run" in sample.labels].append(sample.value)
+    assert len(set(starts[True])) == len(set(starts[False])) == 1, "one start for a run, and one for the monitor"
+    assert 0.0 <= began - starts[True][0] <= began - starts[False][0] < 3600.0
+    metrics.end_run("job")
+    metrics.begin_run("job")
+    again = parse_openmetrics(metrics.exposition(generate_openmetrics, created=True).decode())
+    (alarms,) = [family for family in again if family.name == "koopmon_risk_alarms"]
+    assert alarms.samples[1].name == "koopmon_risk_alarms_created"
+    assert alarms.samples[1].value > starts[True][0], "a new run counts from now on"
 
 
 def test_a_layer_has_six_digits(metrics: Metrics) -> None:

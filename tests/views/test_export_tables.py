@@ -11,6 +11,7 @@ import pytest
 
 from koopmon.errors import StoreError
 from koopmon.history.reader import HistoryReader
+from koopmon.risk.band import BandReading
 from koopmon.views.export_tables import TABLES
 from koopmon.wire.messages import TrainingStep
 from tests.report.recorder import NAN, RUN, Recorder, guarded
@@ -32,6 +33,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recorder.saw(200, 0.05, 2.8, profiled=True)
     recorder.saw(202, 1.0, NAN, non_finite=True)
     recorder.did(202, 1.0, "refused", lr_scale=0.25, detail="\x1b[2J")
+    recorder.beat(210, logged={"kl": BandReading(208, 0.5)})
+    recorder.beat(220, logged={"kl": BandReading(208, 0.5), "entropy": BandReading(219, 2.0, 1.0, 3.0)})
+    recorder.beat(230, logged={"kl": BandReading(228, NAN, 0.1, 0.9)})
     recorder.close()
     return recorder.path
 
@@ -50,6 +54,17 @@ def test_each_value_has_the_kind_of_its_column(path: Path, table: str) -> None:
         kinds = {type(row[column.name]) for row in found}
         assert kinds <= {KINDS[column.kind], type(None)}, column.name
         assert column.description
+
+
+def test_a_logged_value_that_heartbeats_repeat_is_one_row(path: Path) -> None:
+    found = [
+        (row["step"], row["name"], row["value"], row["band_low"], row["band_high"]) for row in rows(path, "logged")
+    ]
+    assert found == [
+        (208, "kl", 0.5, None, None),
+        (219, "entropy", 2.0, 1.0, 3.0),
+        (228, "kl", None, 0.1, 0.9),
+    ]
 
 
 def test_snapshots(path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from koopmon import views
 from koopmon.config import PolicyConfig
 from koopmon.risk.band import BandReading
 from koopmon.views.run_view import SCALARS, CommandView, DecisionView, LoggedPoint, Scalar
@@ -189,6 +191,30 @@ def test_a_chart_is_left_out_while_nothing_happens_and_says_what_is_not_known() 
     assert "Loss: not known." in scalar_chart([point(1, loss=math.nan)], SCALAR["loss"])
 
 
+def test_the_loss_has_the_upper_limit_of_its_band_from_the_twentieth_value_on() -> None:
+    losses = [2.0 + 0.1 * (step % 2) for step in range(30)] + [9.0]
+    points = [point(step, loss=loss) for step, loss in enumerate(losses)]
+    drawn = read(scalar_chart(points, SCALAR["loss"]))
+    (course,), (band,) = drawn.iter("polyline"), drawn.iter("polygon")
+    *tops, last, first = line(band)
+    assert [x for x, _ in tops] == pytest.approx([1000 * step / 30 for step in range(20, 31)], abs=0.06)
+    assert last[0] == tops[-1][0]
+    assert first[0] == tops[0][0]
+    assert last[1] == first[1] > max(y for _, y in line(course)), "the band has no lower limit"
+    assert all(y < min(y for _, y in line(course)[:30]) for _, y in tops), "above the losses inside"
+    assert line(course)[-1][1] < tops[-1][1], "the last loss is above the band"
+    # A launch has a band of its own.
+    again = [*points, point(31, incarnation="bbbbbbbb", loss=2.0)]
+    assert not list(read(scalar_chart(again, SCALAR["loss"])).iter("polygon"))
+    assert not list(read(scalar_chart(points, SCALAR["grad_norm"])).iter("polygon"))
+
+
+def test_every_chart_has_a_line_with_a_colour() -> None:
+    text = (Path(views.__file__).parent / "static" / "views.css").read_text()
+    for scalar in SCALARS:
+        assert f".line.{scalar.chart}" in text, f"{scalar.name}: a line without a stroke is invisible"
+
+
 def test_a_new_scalar_needs_one_entry() -> None:
     norm = Scalar(name="grad_norm", title="Gradient norm", chart="loss")
     assert "Gradient norm <strong>2</strong>" in scalar_chart([point(1, grad_norm=2.0)], norm)
@@ -209,7 +235,7 @@ def test_eigenvalues_lie_in_the_plane_and_far_ones_on_the_rim() -> None:
     assert far.attrib["d"] == f"M{0.6 * EDGE:.1f},{-0.8 * EDGE:.1f}h0"
     assert (near.attrib["class"], far.attrib["class"]) == ("depth-0", "depth-15")
     assert "2 of 3 in the near-unit ring, 1 beyond it; the largest modulus is 50." in drawn
-    assert "1 beyond modulus 3, the largest 50, are drawn at the dashed rim." in drawn
+    assert "At the dashed rim: 1 beyond modulus 3, the largest 50." in drawn
 
 
 def test_the_plotted_modulus_follows_the_largest_within_bounds() -> None:

@@ -38,22 +38,23 @@ def preview(view: RunView) -> PolicyPreview:
         known = view.decisions[-1].phase if view.decisions else "calm"
         line = ("Next", "Known once this monitor has judged a snapshot of the run.")
         return PolicyPreview(known, PHASES.get(known, ""), (line,))
+    if view.state != "running":
+        over = ("Now", f"The run is {view.state}: no command is sent.")
+        return PolicyPreview(standing.state.phase, PHASES[standing.state.phase], (over,))
     lines = [*_not_sent(view, standing), *_actions(standing), *_return(standing), _budget(standing)]
     return PolicyPreview(standing.state.phase, PHASES[standing.state.phase], tuple(lines))
 
 
 def _not_sent(view: RunView, standing: PolicyStatus) -> Iterator[tuple[str, str]]:
     """Yield the reason if no command would be sent."""
-    if view.state != "running":
-        yield "Sent", f"Nothing: the run is {view.state}."
-    elif standing.policy.name == "observe":
-        yield "Sent", "Nothing: the policy is observe, which only watches."
+    if standing.policy.name == "observe":
+        yield "Commands", "None is sent: the policy is observe, which only watches."
     elif standing.policy.dry_run:
-        yield "Sent", "Nothing: this is a dry run, decisions are recorded only."
+        yield "Commands", "None is sent: this is a dry run, decisions are recorded only."
     elif not view.acts:
-        yield "Sent", "Nothing: the agent is watch-only; see its log."
+        yield "Commands", "None is sent: the agent is watch-only; see its log."
     elif not view.sends:
-        yield "Sent", "Nothing: the monitor failed on a command of this run and only watches it; see its log."
+        yield "Commands", "None is sent: the monitor failed on a command of this run and only watches it; see its log."
 
 
 def _actions(standing: PolicyStatus) -> Iterator[tuple[str, str]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gzip
 import logging
+import os
 import ssl
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -30,8 +31,14 @@ from koopmon.wire.endpoints import is_loopback
 
 STOP_SECONDS = 5.0
 MAX_HEAD_BYTES = 16 << 10
-Exposition = Callable[[Callable[[Any], bytes]], bytes]
-"""Returns the metrics in the format of an encoder of prometheus_client."""
+
+
+class Exposition(Protocol):
+    """Returns the metrics in the format of an encoder of prometheus_client, with `created` also times of starts."""
+
+    def __call__(self, encode: Callable[[Any], bytes], *, created: bool = False) -> bytes: ...
+
+
 UVICORN_LOG = logging.getLogger("uvicorn.error")
 
 
@@ -68,8 +75,9 @@ class WebServer:
         live_state = live_state or LiveState()
         max_connections = config.monitor.max_http_connections
         self._streams = EventStreams(live_state, min(config.http.max_streams, max_connections // 2))
-        exposition = exposition or (lambda encode: encode(registry))
-        pages: ASGIApp = _application(exposition, checks, routes(live_state, self._streams, config.policy))
+        pages: ASGIApp = _application(
+            exposition or _plainly(registry), checks, routes(live_state, self._streams, config.policy)
+        )
         if not login.required and is_loopback(f"tcp://{self.address}"):
             pages = only_for_hosts(pages, config.http.hosts)
         connections = Connections(login.wrap(pages), max_connections, note)
@@ -106,16 +114,28 @@ class WebServer:
         UVICORN_LOG.removeFilter(self._filter_log)
 
 
+def _plainly(registry: CollectorRegistry) -> Exposition:
+    def exposition(encode: Callable[[Any], bytes], *, created: bool = False) -> bytes:
+        return encode(registry)
+
+    return exposition
+
+
 def _application(
     exposition: Exposition, checks: Mapping[str, Callable[[], bool]], live: Sequence[BaseRoute]
 ) -> ASGIApp:
+    with_created = os.environ.get("PROMETHEUS_DISABLE_CREATED_SERIES", "").lower() not in ("true", "1", "t")
+
     # Plain functions: starlette runs them in threads, so a scrape does not block a health check.
     def metrics(request: Request) -> Response:
         try:
             encode, content_type = choose_encoder(request.headers.get("accept", ""))
         except (TypeError, ValueError):  # choose_encoder fails on some version parameters
             encode, content_type = choose_encoder("")
-        body, headers = exposition(encode), {"content-type": content_type, "vary": "accept-encoding"}
+        # In the older text format the time of a start would be a metric of its own.
+        created = with_created and content_type.startswith("application/openmetrics-text")
+        body = exposition(encode, created=created)
+        headers = {"content-type": content_type, "vary": "accept-encoding"}
         if gzip_accepted(request.headers.get("accept-encoding", "")):
             body, headers["content-encoding"] = gzip.compress(body, compresslevel=1), "gzip"
         return Response(body, headers=headers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,7 +61,14 @@ def test_the_lowest_scale_and_a_spent_budget(feed: Feed) -> None:
 def test_why_nothing_would_be_sent(feed: Feed, make_profile: Profile, tables: Any, hello: Any, says: str) -> None:
     fed = feed("job", tables=tables, **hello)
     fed.judge(1, make_profile())
-    assert says in dict(preview(fed.view).lines)["Sent"]
+    assert says in dict(preview(fed.view).lines)["Commands"]
+
+
+def test_of_a_run_that_is_over_nothing_is_foretold(feed: Feed, make_profile: Profile) -> None:
+    fed = feed("job")
+    fed.judge(1, make_profile())
+    ended = replace(fed.view, state="ended")
+    assert preview(ended).lines == (("Now", "The run is ended: no command is sent."),)
 
 
 def test_kss_is_foretold_where_it_is_the_policy(feed: Feed, make_profile: Profile) -> None:

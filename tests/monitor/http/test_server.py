@@ -20,6 +20,9 @@ from koopmon.telemetry.metrics import Metrics
 httpx = pytest.importorskip("httpx")
 
 
+CREATED = "PROMETHEUS_DISABLE_CREATED_SERIES"
+
+
 @pytest.fixture
 def state() -> SimpleNamespace:
     return SimpleNamespace(alive=True, ready=False)
@@ -28,8 +31,10 @@ def state() -> SimpleNamespace:
 @pytest.fixture
 def server(state: SimpleNamespace) -> Iterator[WebServer]:
     registry = CollectorRegistry()
-    Metrics(registry, {"version": "0"}).begin_run("job")
-    server = WebServer("127.0.0.1:0", registry, {"healthz": lambda: state.alive, "readyz": lambda: state.ready})
+    metrics = Metrics(registry, {"version": "0"})
+    metrics.begin_run("job")
+    checks = {"healthz": lambda: state.alive, "readyz": lambda: state.ready}
+    server = WebServer("127.0.0.1:0", registry, checks, exposition=metrics.exposition)
     yield server
     server.close()
 
@@ -56,6 +61,25 @@ def test_metrics_in_either_format(client: httpx.Client) -> None:
     openmetrics = client.get("/metrics", headers=accept)
     assert openmetrics.headers["content-type"].startswith("application/openmetrics-text")
     assert openmetrics.text.endswith("# EOF\n")
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(None, True), ("False", True), ("True", False), ("1", False)])
+def test_openmetrics_has_starts_unless_the_variable_of_the_client_library_is_set(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, wanted: bool
+) -> None:
+    monkeypatch.delenv(CREATED, raising=False)
+    if value is not None:
+        monkeypatch.setenv(CREATED, value)
+    registry = CollectorRegistry()
+    metrics = Metrics(registry, {"version": "0"})
+    server = WebServer("127.0.0.1:0", registry, {}, exposition=metrics.exposition)
+    try:
+        url = f"http://{server.address}/metrics"
+        found = httpx.get(url, headers={"accept": "application/openmetrics-text; version=1.0.0"}, timeout=30.0).text
+        assert ("koopmon_engine_failures_created " in found) is wanted
+        assert "_created" not in httpx.get(url, timeout=30.0).text
+    finally:
+        server.close()
 
 
 def test_metrics_are_compressed_for_who_takes_it(client: httpx.Client) -> None:
