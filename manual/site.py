@@ -78,9 +78,9 @@ def stage(directory: Path) -> None:
         name = page.relative_to(ROOT).as_posix()
         pages[name] = _with_moved_links(page.read_text(encoding="utf-8"), name, places)
     for name, text in pages.items():
-        path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        place = directory / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text, encoding="utf-8")
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     settings["nav"] = navigation(settings["nav"])
     (directory / "mkdocs.yml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
