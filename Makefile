@@ -35,7 +35,7 @@ demo: $(VENV)/.plots.stamp ## train on real text, unguarded and guarded, and dra
 	$(BIN)/koopmon demo $(DEMO_ARGS)
 
 docs: $(VENV)/.dev.stamp ## build the site from docs/ and the code into site/; a warning is an error; needs no network
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -m manual.site
 
 unit: $(VENV)/.dev.stamp ## run the fast tests, without processes: under 3 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m "not process and not distributed and not slow and not science"
@@ -47,10 +47,11 @@ test: lint ## run every check: lint, types and tests; with REQUIRE_ALL=1 a missi
 	$(BIN)/pytest -n $(WORKERS) -m "not distributed" || $(BIN)/pytest $(AGAIN) -m "not distributed"
 	$(BIN)/pytest -m distributed || $(BIN)/pytest $(AGAIN) -m distributed
 
-lint: $(VENV)/.dev.stamp ## run ruff and mypy
+lint: $(VENV)/.dev.stamp ## run ruff, mypy and codespell
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 format: $(VENV)/.dev.stamp ## format the code with ruff
 	$(BIN)/ruff check --fix .

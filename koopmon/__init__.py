@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from koopmon.profiling import profile
     from koopmon.spectral import LayerProfile, SpectralProfile
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NAMES = {
     "koopmon.agent.attach": ("Agent", "attach"),

@@ -116,5 +116,14 @@ def _document(value: Any) -> str:
     blocks = []
     for block in re.split(r"\n\s*\n", text):
         is_code = all(line.startswith("    ") for line in block.split("\n"))
-        blocks.append(block if is_code else re.sub(r"([<*])", r"\\\1", " ".join(block.split())))
+        blocks.append(block if is_code else _paragraph(block))
     return "\n\n".join(blocks)
+
+
+def _paragraph(block: str) -> str:
+    """Convert a paragraph to Markdown on one line; the arguments of an `Args:` block become a list."""
+    head, _, rest = block.partition("\n")
+    if head != "Args:":
+        return re.sub(r"([<*])", r"\\\1", " ".join(block.split()))
+    items = re.split(r"\n(?= {4}\w)", rest)
+    return "\n".join(["Arguments:", "", *(re.sub(r"^(\w+):", r"- `\1`:", _paragraph(item)) for item in items)])

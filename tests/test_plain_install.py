@@ -39,5 +39,5 @@ def test_what_needs_no_extra_runs() -> None:
 
 def test_a_plain_install_has_no_more_than_it_says() -> None:
     assert {"torch", "pytest", "hypothesis", "pyzmq", "typer"} <= brought()
-    assert {"scipy", "httpx", "matplotlib", "transformers", "mkdocs"} <= absent()
+    assert {"scipy", "httpx", "matplotlib", "transformers", "zensical"} <= absent()
     assert not absent() & {"torch", "numpy", "yaml", "zmq", "_pytest", "xdist"}

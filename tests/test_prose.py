@@ -47,6 +47,8 @@ FIRST_WORDS = {
 NOT_YET: set[str] = set()
 """Files that still have such sentences. Remove a file from this set when it is rewritten; the goal is an empty set."""
 GENERATED = re.compile(r"<!-- results: .*?<!-- end of results -->|^```.*?^```|<!--.*?-->", re.DOTALL | re.MULTILINE)
+MAX_WORDS = 40
+"""Most words of a sentence in a page. The goal is 25."""
 CODE = re.compile(r"`[^`\n]*`")
 
 
@@ -102,6 +104,14 @@ def complaints(text: str) -> Iterator[str]:
             yield f"{name}: {' '.join(match[0].split())[:60]!r}"
 
 
+def sentences(page: str) -> Iterator[str]:
+    """Return the sentences of paragraphs and of list items; a colon and a semicolon end one too."""
+    plain = CODE.sub("code", re.sub(r"\]\([^)]*\)", "]", GENERATED.sub("", page)))
+    for paragraph in re.split(r"\n\s*\n|\n(?=\s*(?:[-*#|]|\d+\.) )", plain):
+        if not paragraph.lstrip().startswith(("|", "#")):
+            yield from re.split(r"(?<=[.!?:;])\s+", " ".join(paragraph.split()))
+
+
 def first_words(source: str) -> Iterator[str]:
     """Return the start of each docstring, also of a field or a constant, that begins with one of FIRST_WORDS."""
     for node in ast.walk(ast.parse(source)):
@@ -142,6 +152,18 @@ def test_a_folded_sentence_of_a_table_is_refused() -> None:
 def test_the_pages_are_in_plain_english(name: str) -> None:
     page = (ROOT / name).read_text(encoding="utf-8")
     assert [f"{line}: {each}" for line, text in lines(page) for each in complaints(text)] == []
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name.startswith(("docs/", "README", "CONTRIBUTING"))])
+def test_no_sentence_of_a_page_is_too_long(name: str) -> None:
+    page = (ROOT / name).read_text(encoding="utf-8")
+    assert [f"{len(each.split())} words: {each}" for each in sentences(page) if len(each.split()) > MAX_WORDS] == []
+
+
+def test_a_long_sentence_is_found() -> None:
+    long = "word " * 20 + "`code with spaces` and\n" + "word " * 20
+    page = f"# Title\n\nA short one. {long}.\n\n- {long}: {long}\n\n| {long} |\n\n```sh\n{long}\n```\n"
+    assert [len(each.split()) for each in sentences(page) if len(each.split()) > MAX_WORDS] == [43, 44, 42]
 
 
 def test_the_files_that_are_not_done_exist() -> None:

@@ -78,6 +78,9 @@ def run(
         bool,
         typer.Option("--allow-stop", help="End the job, with status 70, if its training is ruined ([policy] stop)."),
     ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Start the job when its own monitor serves, or has failed to start.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print faults only.")] = False,
 ) -> int:
     """Guard an unchanged training job, on one node with a monitor of its own.
@@ -85,8 +88,9 @@ def run(
     koopmon does not touch the job's output. It forwards signals, and returns the job's exit status (128 + n after
     signal n). With `--allow-stop` it sends SIGTERM to a job that ignores the monitor's request to stop.
 
-    The job starts at once, and its monitor beside it. If the monitor does not start, one line says so, and the job runs
-    unguarded. A mistake on this command line is refused before the job starts.
+    The job starts at once, and its monitor beside it; `--wait` is for jobs of less than a minute. If the monitor does
+    not start, one line says so, and the job runs unguarded. A mistake on this command line is refused before the job
+    starts.
     """
     if not hasattr(signal, "sigwaitinfo"):
         raise KoopmonError("koopmon needs Linux")
@@ -106,6 +110,7 @@ def run(
         _refuse(
             {"--allow-stop": allow_stop or None}, "needs the job's own monitor; give [policy] stop to the other one"
         )
+        _refuse({"--wait": wait or None}, "needs the job's own monitor")
         _refuse({"--summary": summary}, "with --monitor the monitor has the history: use `koopmon report`")
         return run_with_shared_monitor(
             command,
@@ -139,7 +144,7 @@ def run(
         mode = "; it only watches: " + ("policy observe" if settings.policy.name == "observe" else "dry run")
     since = time.time()
     job_stop = JobStop(store, named) if allow_stop else None
-    status, served_seconds = _run_with_own_monitor(command, named, store, words, for_agents, job_stop, mode)
+    status, served_seconds = _run_with_own_monitor(command, named, store, words, for_agents, job_stop, mode, wait=wait)
     _close_with_summary(store, named, status, summary, since, served_seconds)
     if job_stop is not None and job_stop.due:
         warn(f"run {named}: koopmon ended the job, which had status {status}: {job_stop.reason}")
@@ -190,6 +195,8 @@ def _run_with_own_monitor(
     for_agents: Mapping[str, str | None],
     job_stop: JobStop | None,
     mode: str,
+    *,
+    wait: bool,
 ) -> tuple[int, float | None]:
     """Run the job beside its monitor. Return the job's exit status, and how long the monitor served it; None if not."""
     # A unit of systemd around this command is ready when the job says so, not its monitor.
@@ -201,9 +208,13 @@ def _run_with_own_monitor(
         except MonitorNotReadyError as error:
             _say_unguarded(error)
             return run_job(command, os.environ, mask), None
-        say(f"run {name}: the job starts, and its monitor beside it")
+        order = "its monitor starts, then the job" if wait else "the job starts, and its monitor beside it"
+        say(f"run {name}: {order}")
         watch = _Watch(embedded, name, job_stop, mode)
         try:
+            while wait and not (embedded.page or watch.failed or signal.sigpending() - {signal.SIGCHLD}):
+                watch()
+                time.sleep(POLL_SECONDS)
             job = guarded(embedded.endpoint, for_agents)
             must_end = job_stop or (lambda: False)
             status = run_with_settings(

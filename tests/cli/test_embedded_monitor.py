@@ -107,6 +107,27 @@ def test_a_monitor_that_cannot_start_is_one_line_and_the_job_runs(koopmon: Any, 
     assert "Traceback" not in done.stderr.decode()
 
 
+def test_a_job_can_wait_for_its_monitor(koopmon: Any) -> None:
+    done = koopmon("run", "--wait", "--", PYTHON, "-S", "-c", LOOK)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["early"] is False
+    assert "its monitor starts, then the job" in done.stderr.decode()
+
+
+def test_a_job_that_waits_runs_if_its_monitor_cannot_start(koopmon: Any, tmp_path: Path) -> None:
+    with take_lock(tmp_path / "taken.sqlite3"):
+        done = koopmon("run", "--wait", "--store", "taken.sqlite3", "--", "echo", "on")
+    assert (done.returncode, done.stdout) == (0, b"on\n"), done.stderr
+    assert "in use by another monitor" in done.stderr.decode()
+
+
+def test_a_signal_during_the_wait_ends_the_job(koopmon: Any) -> None:
+    process = koopmon.start("run", "--wait", "--", "sleep", "60")
+    process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+
+
 def test_a_monitor_that_dies_changes_nothing_for_the_job(koopmon: Any) -> None:
     body = LOOK + f"import signal, time; os.kill(told['pid'], {int(signal.SIGKILL)}); time.sleep(1); print('trained')"
     done = koopmon("run", "--", PYTHON, "-S", "-c", body)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
+from typing import Any
 
 import msgspec
 import pytest
@@ -112,3 +114,55 @@ def test_the_concepts_quote_the_evidence() -> None:
 
 def cells_of(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
+
+
+def test_the_comparison_quotes_the_evidence() -> None:
+    """The sensitivities and the counts of diverged runs in comparison.md are those of evidence.md."""
+    evidence = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    rows = [cells_of(line) for line in evidence.split("\n")]
+    told = {
+        cells[0]: cells[1:]
+        for cells in map(cells_of, (ROOT / "docs" / "comparison.md").read_text().split("\n"))
+        if cells
+    }
+    arms = {"clipping": "clipping at 1.0", "clipping and QK-norm": "clipping and QK-norm (another model)"}
+    for arm in ("clipping", "clipping and QK-norm", "clipping and koopmon"):
+        measured = [cells[-1] for cells in rows if cells[:1] == [arms.get(arm, arm)] and "[" in cells[-1]]
+        assert told[arm] == [each.partition(" ")[0] for each in measured]
+    names = {"a spike of the loss halves the rate": "loss spike halves the rate", "koopmon, policy `lr`": "lr"}
+    guarded = evidence.partition("<!-- results: guarded -->")[2].partition("<!-- end")[0]
+    measured_rows = {cells[0]: cells for cells in map(cells_of, guarded.split("\n")) if cells}
+    for arm in ("nothing", "clipping at 1.0", "clipping at 0.5", *names):
+        cells = measured_rows[names.get(arm, arm)]
+        lost = sum(int(each.split("/")[0]) for each in cells[2:6])
+        assert told[arm] == [f"{lost} of 24", cells[6]]
+
+
+def test_the_script_of_the_quick_start_is_a_file() -> None:
+    (shown,) = (block for block in blocks(ROOT / "docs" / "quickstart.md") if block.title == "train.py")
+    assert (ROOT / "docs" / "train.py").read_text(encoding="utf-8") == shown.text
+
+
+def test_the_costs_follow_from_the_measurements() -> None:
+    """Figures of costs.md for 32 blocks of width 4,096 with 20 s between snapshots."""
+    told = (ROOT / "docs" / "costs.md").read_text(encoding="utf-8")
+
+    def result(name: str) -> Any:
+        return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+    (per_layer,) = (row["cpu_ms_per_layer"] for row in result("spectral_floor")["rows"] if row["width"] == 4096)
+    seconds = 32 * per_layer / 1000
+    load, size = result("monitor_load"), result("history_size")["sizes"]["48"]["now"]
+    snapshot = 512 * 33 * 4096 * 2 / 1e6
+    for figure in (
+        f"{per_layer:.1f} ms for each layer",
+        f"{seconds:.1f} s for each snapshot, {seconds / 20:.0%} of a core",
+        f"{snapshot:.0f} MB, {snapshot / 8:.0f} MB from each",
+        f"{snapshot / 20:.1f} MB/s",
+        f"{load['ranks']['share']:.1%} of a core",
+        f"{load['metrics']['sent_bytes'] / 100 / 1000:.0f} kB",
+        f"{size:.1f} MB for 1,000 snapshots",
+        f"{size / 1000 * 32 / 48 * 86400 / 20:.0f} MB a day",
+        f"{3 * 12 * 8e9 / 1000 / 1e9:.1f} GB",
+    ):
+        assert figure in told, figure

@@ -28,8 +28,8 @@ TEXTS = sorted(
     if not name.startswith(("benchmarks/results/", "benchmarks/fuzz/corpus/"))
     and not name.endswith((".png", ".gz", ".svg", ".golden"))
 )
-GENERATED = frozenset(re.findall(r'"(reference/\w+\.md)"', (ROOT / "manual" / "hooks.py").read_text(encoding="utf-8")))
-"""Pages that the site generates from the code. The test reads the source, because importing the hooks needs mkdocs."""
+GENERATED = frozenset(re.findall(r'"(reference/\w+\.md)"', (ROOT / "manual" / "site.py").read_text(encoding="utf-8")))
+"""Pages that the site generates from the code."""
 EXAMPLES = frozenset(
     {
         "tests/docs/test_references.py",  # the cases below
@@ -47,6 +47,16 @@ PAGE = re.compile(r"(?<![\w/.*}-])((?:\.{1,2}/)*[\w-]+(?:/[\w.-]+)*\.md)\b")
 SECTION = re.compile(r'\b(docs/[\w/-]+\.md), "([^"\n]+)"')
 PATH = re.compile(r"`((?:koopmon|plugins|benchmarks|tests|docs|deploy|grafana|manual)/[\w./-]+\.\w+)`")
 """Path of a file of the repository in a page."""
+EXTERNAL = {
+    "https://arxiv.org/abs/1504.05477",
+    "https://arxiv.org/abs/2111.14889",
+    "https://arxiv.org/abs/2602.22988",
+    "https://keepachangelog.com/en/1.1.0/",
+    "https://monitoring.mixins.dev",
+    "https://prometheus.io/docs/prometheus/latest/configuration/https/",
+    "https://semver.org/spec/v2.0.0.html",
+}
+"""Links of the pages to other sites. No test fetches them: open a new one before you add it here."""
 LINK = re.compile(r"(?<!!)\[[^\[\]]*\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
 
 
@@ -84,6 +94,17 @@ def _is_here(origin: str, target: str) -> bool:
 def test_every_reference_resolves(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8", errors="replace")
     assert name in EXAMPLES or list(complaints(name, text)) == []
+
+
+def test_the_links_to_other_sites_are_listed() -> None:
+    pages = [name for name in TEXTS if name.endswith(".md") and not name.startswith("tests/")]
+    links = {
+        match[1]
+        for name in pages
+        for match in LINK.finditer((ROOT / name).read_text(encoding="utf-8"))
+        if ":" in match[1]
+    }
+    assert links == EXTERNAL
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from koopmon.history.reader import HistoryReader
 from tests.recipes.conftest import ROOT, blocks, launching
@@ -58,6 +59,25 @@ def test_trl(recipe: Recipe) -> None:
     said, summary = recipe("trl.md")
     assert "trained, loss" in said
     guarded(summary)
+
+
+def test_peft(recipe: Recipe) -> None:
+    if find_spec("peft") is None:
+        pytest.skip("PEFT is in no extra")
+    said, summary = recipe("peft.md")
+    assert "trained, loss" in said
+    guarded(summary)
+
+
+@pytest.mark.parametrize("page", ["deepspeed.md", "skypilot.md"])
+def test_a_recipe_that_is_not_run_says_so(page: str) -> None:
+    text = (ROOT / "docs" / "recipes" / page).read_text(encoding="utf-8")
+    assert text.split("\n\n")[1].startswith("This recipe was not run: ")
+    for title, code in blocks(page).items():
+        if title.endswith(".py"):
+            compile(code, title, "exec")
+        elif title.endswith(".yaml"):
+            assert "koopmon run --run" in yaml.safe_load(code)["run"]
 
 
 def test_ray_train_is_python_and_says_that_it_is_not_run() -> None:
