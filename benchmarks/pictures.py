@@ -173,7 +173,7 @@ def learning_rates(path: Path) -> None:
             lowest, highest = [min(found) for found in losses.values()], [max(found) for found in losses.values()]
             panel.fill_between(rates, lowest, highest, color=colour, alpha=0.15, linewidth=0)
         seeds = len(model["arms"]["clip"]["losses"][f"{model['best_rate']:g}"])
-        name = {"pre": "Pre-LN", "rms": "RMSNorm"}[model["norm"]]
+        name = {"pre": "Pre-LN", "rms": "RMSNorm"}[model["family"]]
         size = f"D {model['width']}, L {model['num_layers']}"
         panel.set_title(f"{name}, {size}: mean and range of {seeds} held-out seeds", fontsize=11)
         panel.set(xscale="log", xlabel="peak learning rate", ylabel="final validation loss (nats)")

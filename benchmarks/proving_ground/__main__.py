@@ -51,10 +51,12 @@ FAULT_RATE = 3e-3
 
 def plan(seeds: Sequence[int], sizes: Sequence[tuple[int, int]]) -> Iterator[Recipe]:
     """Return every case; the baselines have two rates, and the faults have the small size only."""
-    for (width, num_layers), norm, seed in ((size, norm, seed) for size in sizes for norm in NORMS for seed in seeds):
+    for (width, num_layers), family, seed in (
+        (size, family, seed) for size in sizes for family in NORMS for seed in seeds
+    ):
 
         def case(lr: float, arm: Arm, **more: Any) -> Recipe:
-            return Recipe(norm=norm, width=width, num_layers=num_layers, seed=seed, lr=lr, arm=arm, **more)  # noqa: B023
+            return Recipe(family=family, width=width, num_layers=num_layers, seed=seed, lr=lr, arm=arm, **more)  # noqa: B023
 
         yield from (case(lr, arm) for arm in ARMS for lr in RATES)
         if (width, num_layers) == SMALL:
@@ -65,8 +67,8 @@ def plan(seeds: Sequence[int], sizes: Sequence[tuple[int, int]]) -> Iterator[Rec
 def analyse(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Summarise each model: final losses by arm and rate, outcomes, sensitivities, and the effect of the guard."""
     found = []
-    for width, num_layers, norm in sorted({(r.case.width, r.case.num_layers, r.case.norm) for r in runs}):
-        mine = of(runs, width=width, num_layers=num_layers, norm=norm)
+    for width, num_layers, family in sorted({(r.case.width, r.case.num_layers, r.case.family) for r in runs}):
+        mine = of(runs, width=width, num_layers=num_layers, family=family)
         plain = of(mine, failure="")
         _, best = best_rate(of(plain, arm="clip"))
         arms = {}
@@ -83,7 +85,7 @@ def analyse(runs: Sequence[Run]) -> list[dict[str, Any]]:
             {
                 "width": width,
                 "num_layers": num_layers,
-                "norm": norm,
+                "family": family,
                 "arms": arms,
                 "unfaulted": [round(final_loss(run), 4) for run in unfaulted],
                 "faults": {each: fault(of(mine, failure=each), unfaulted) for each in FAILURES},
@@ -94,7 +96,7 @@ def analyse(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def table(model: Mapping[str, Any]) -> Table:
-    title = f"{model['norm']}, D {model['width']}, L {model['num_layers']}: validation loss, mean [95%] over seeds"
+    title = f"{model['family']}, D {model['width']}, L {model['num_layers']}: validation loss, mean [95%] over seeds"
     drawn = Table("arm", *(f"{lr:g}" for lr in RATES), "sensitivity", title=title)
     for arm, told in model["arms"].items():
         losses = [told["losses"].get(f"{lr:g}") for lr in RATES]
@@ -139,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show(models, console)
     told = {"provenance": provenance(0), "seeds": list(options.seeds)}
     models = [{**model, **told} for model in models]
-    models = sorted([*kept_models(options.out, sizes), *models], key=itemgetter("width", "norm"))
+    models = sorted([*kept_models(options.out, sizes), *models], key=itemgetter("width", "family"))
     document = {"models": models}
     options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return 0

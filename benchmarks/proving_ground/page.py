@@ -52,7 +52,7 @@ def _model(model: Document) -> list[str]:
     healthy = model["healthy"]
     seeds = max(map(len, arms["clip"]["losses"].values()))
     prose = [
-        f"{NAMES[model['norm']]}, D {model['width']}, L {model['num_layers']}, {seeds} seeds: the best rate is",
+        f"{NAMES[model['family']]}, D {model['width']}, L {model['num_layers']}, {seeds} seeds: the best rate is",
         f"{model['best_rate']:g}. koopmon did not act on {healthy['untouched']:.0%} of {healthy['num_runs']} guarded",
         f"runs up to that rate. Above it, {model['ruined_alone']} runs are ruined with clipping alone. koopmon acted",
         f"before the loss rose in {model['acted_before_shown']} of them{_lead(model)}. Of the guarded runs",

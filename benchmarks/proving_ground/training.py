@@ -61,7 +61,7 @@ LAST = 20
 class Recipe:
     """`lr` is the peak rate; `warmup` linear steps, then a cosine to a tenth. Every arm clips at 1.0."""
 
-    norm: Norm
+    family: Norm
     width: int = 64
     num_layers: int = 4
     lr: float
@@ -78,7 +78,7 @@ class Recipe:
     def name(self) -> str:
         more = f"-{self.failure}" if self.failure else ""
         more += f"-wd{self.weight_decay:g}" if self.weight_decay else ""
-        return f"{self.norm}-d{self.width}-l{self.num_layers}-lr{self.lr:g}-s{self.seed}-{self.arm}{more}"
+        return f"{self.family}-d{self.width}-l{self.num_layers}-lr{self.lr:g}-s{self.seed}-{self.arm}{more}"
 
     def scheduled_rate(self, step: int) -> float:
         """Return the rate of the schedule at `step`, before koopmon's scale."""
@@ -100,7 +100,7 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
     """Train by `recipe`; return its scalars and its series, for `benchmarks.campaign`."""
     torch.manual_seed(recipe.seed)
     model = LanguageModel(
-        recipe.norm,
+        recipe.family,
         width=recipe.width,
         num_layers=recipe.num_layers,
         max_tokens=recipe.num_tokens,

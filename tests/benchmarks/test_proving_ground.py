@@ -34,7 +34,7 @@ def kept(loss: float | None = 2.0, **fields: Any) -> Kept[Recipe]:
     series = fields.pop("series", {"loss": np.full(100, 2.0)})
     scalars = {"diverged_at": None, "first_loss": 5.5, "final_loss": loss, "num_actions": 0, "first_action": None}
     scalars |= {name: fields.pop(name) for name in tuple(fields) if name in scalars}
-    recipe = Recipe(**{"norm": "pre", "lr": 0.003, "seed": 0, "steps": 100, "warmup": 10} | fields)
+    recipe = Recipe(**{"family": "pre", "lr": 0.003, "seed": 0, "steps": 100, "warmup": 10} | fields)
     return Kept(recipe, scalars, series)
 
 
@@ -79,7 +79,7 @@ def test_excerpts_for_validation_are_held_out() -> None:
 
 
 def test_the_schedule_warms_up_decays_and_restarts() -> None:
-    recipe = Recipe(norm="pre", lr=0.01, seed=0, steps=200, warmup=20)
+    recipe = Recipe(family="pre", lr=0.01, seed=0, steps=200, warmup=20)
     rates = [recipe.scheduled_rate(step) for step in range(200)]
     assert rates[0] == pytest.approx(0.01 / 20, rel=1e-3)
     assert max(rates) == pytest.approx(0.01, rel=0.05)
@@ -195,7 +195,7 @@ def test_the_plan_has_clipping_alone_for_every_other_run() -> None:
 
 
 def test_a_guarded_run_that_needs_no_guard_is_the_same_run() -> None:
-    recipe = Recipe(norm="rms", width=16, num_layers=2, lr=1e-3, seed=3, steps=12, warmup=6, batch=4, num_tokens=16)
+    recipe = Recipe(family="rms", width=16, num_layers=2, lr=1e-3, seed=3, steps=12, warmup=6, batch=4, num_tokens=16)
     scalars, series = train(recipe)
     guarded, watched = train(replace(recipe, arm="guarded"))
     assert guarded["num_actions"] == 0
@@ -207,7 +207,7 @@ def test_a_guarded_run_that_needs_no_guard_is_the_same_run() -> None:
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_fault_changes_the_run_from_its_step_on(failure: Any) -> None:
-    recipe = Recipe(norm="pre", width=16, num_layers=2, lr=1e-2, seed=3, steps=12, warmup=3, batch=4, num_tokens=16)
+    recipe = Recipe(family="pre", width=16, num_layers=2, lr=1e-2, seed=3, steps=12, warmup=3, batch=4, num_tokens=16)
     _, plain = train(recipe)
     _, faulted = train(replace(recipe, failure=failure))
     same = np.flatnonzero(plain["loss"] != faulted["loss"])
@@ -216,7 +216,7 @@ def test_a_fault_changes_the_run_from_its_step_on(failure: Any) -> None:
 
 
 def test_a_new_launch_has_its_own_agent() -> None:
-    recipe = Recipe(norm="pre", width=16, num_layers=2, lr=1e-3, seed=3, steps=8, warmup=3, batch=4, num_tokens=16)
+    recipe = Recipe(family="pre", width=16, num_layers=2, lr=1e-3, seed=3, steps=8, warmup=3, batch=4, num_tokens=16)
     _, series = train(replace(recipe, arm="guarded", failure="lost_state"))
     assert np.isfinite(series["loss"]).all()
     launch = Launch(replace(recipe, arm="guarded"), LanguageModel("pre", width=16, num_layers=2, max_tokens=16), 100)
@@ -255,14 +255,14 @@ def test_the_analysis_names_the_best_rate_and_what_the_guard_did() -> None:
 def test_a_run_of_one_size_keeps_the_results_of_the_other(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     assert kept_models(path, [LARGE]) == []
-    models = [{"width": width, "num_layers": num_layers, "norm": "pre"} for width, num_layers in (SMALL, LARGE)]
+    models = [{"width": width, "num_layers": num_layers, "family": "pre"} for width, num_layers in (SMALL, LARGE)]
     path.write_text(json.dumps({"models": models}), encoding="utf-8")
     assert kept_models(path, [LARGE]) == models[:1]
     assert kept_models(path, [SMALL, LARGE]) == []
 
 
 def test_the_recorder_has_the_signals_of_the_agent() -> None:
-    recipe = Recipe(norm="pre", width=16, num_layers=2, lr=0.003, seed=0, steps=12, warmup=4, batch=2, num_tokens=16)
+    recipe = Recipe(family="pre", width=16, num_layers=2, lr=0.003, seed=0, steps=12, warmup=4, batch=2, num_tokens=16)
     _, series = train(recipe)
     steps = series["profile_step"]
     assert len(steps) > 1
