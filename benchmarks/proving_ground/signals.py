@@ -146,7 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rates = dict.fromkeys(options.chosen, HEALTHY_RATES)
     rates |= dict.fromkeys(options.seeds, (*HEALTHY_RATES, *RUINED_RATES))
     cases = [
-        Recipe(family=family, lr=lr, seed=seed) for family in options.families for seed in rates for lr in rates[seed]
+        Recipe(family=family, lr=lr, seed=seed, signals=True)
+        for family in options.families
+        for seed in rates
+        for lr in rates[seed]
     ]
     runs = campaign.run(cases, train, options.work, workers=options.workers, console=console)
     models = {}
