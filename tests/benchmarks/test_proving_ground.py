@@ -195,7 +195,7 @@ ALL = Plan(
         for family in FAMILIES
         for optimizer in ("adamw", "muon")
         for decay in (0.0, 0.1)
-        if (model := Model(width, num_layers, family, optimizer, decay)).exists  # type: ignore[arg-type]
+        if (model := Model(width, num_layers, family, optimizer, decay)).exists
     ],
     seeds=(10,),
 )
