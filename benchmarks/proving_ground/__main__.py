@@ -71,7 +71,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 @dataclass(frozen=True, slots=True, order=True)
 class Model:
-    """What a section of the results is about. Only the first two families have a second size, parts and faults."""
+    """A family at a size, with its optimizer: one section of the results. Only the first two families have a second size."""
 
     width: int
     num_layers: int
