@@ -71,7 +71,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 @dataclass(frozen=True, slots=True, order=True)
 class Model:
-    """A family at a size, with its optimizer: one section of the results. Only the first two families have a second size."""
+    """A family at a size, with its optimizer: a section of the results. Only two families have a second size."""
 
     width: int
     num_layers: int
