@@ -7,6 +7,7 @@ rate when the loss jumps, and restore it later.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,18 +48,19 @@ class Cap:
 class Copies:
     """Copies of a training in its own process, taken and chosen as the agent does (`koopmon.agent.control.rewind`)."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self._model, self._optimizer = model, optimizer
+    def __init__(self, model: nn.Module, optimizers: Optimizer | Iterable[Optimizer]) -> None:
+        self._model = model
+        self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self._start, self._recent, self._older = StateCopy(), StateCopy(), StateCopy()
 
     def take(self, step: int, rate: float) -> None:
         """Take the copies that are due after `step` updates, the last one at `rate`."""
         if step == 0:
-            self._start.take(TrainingState(self._model, self._optimizer), 0, 0.0)
+            self._start.take(TrainingState(self._model, self._optimizers), 0, 0.0)
         elif step % INTERVAL_STEPS == 0:
             if step % (SECOND_SLOT * INTERVAL_STEPS) == 0:
                 self._recent, self._older = self._older, self._recent
-            self._recent.take(TrainingState(self._model, self._optimizer), step, rate)
+            self._recent.take(TrainingState(self._model, self._optimizers), step, rate)
         if step >= START_COPY_STEPS:
             self._start.clear()
 
@@ -69,7 +71,7 @@ class Copies:
         fitting = [at for at, copy in held.items() if at == 0 or (at <= latest and copy.rate <= wanted.max_rate)]
         if not fitting:
             return None
-        held[max(fitting)].restore(TrainingState(self._model, self._optimizer))
+        held[max(fitting)].restore(TrainingState(self._model, self._optimizers))
         for at, copy in held.items():
             if at > max(fitting):
                 copy.clear()

@@ -158,8 +158,11 @@ def faults(path: Path) -> None:
 
 
 def learning_rates(path: Path) -> None:
-    """Draw the final loss by peak learning rate, its mean and range over seeds: a panel a model, a row a size."""
+    """Draw the final loss by peak learning rate, its mean and range over seeds: a panel a decoder, a row a size."""
     models = json.loads(PROVING_GROUND.read_text(encoding="utf-8"))["models"]
+    names = {"pre": "Pre-LN", "rms": "RMSNorm"}
+    usual = ("adamw", 0.0)
+    models = [each for each in models if each["family"] in names and (each["optimizer"], each["weight_decay"]) == usual]
     rows = len({model["width"] for model in models})
     figure, panels = _figure(rows, len(models) // rows, (5.6 * len(models) // rows, 4.4 * rows))
     for panel, model in zip(panels, models, strict=True):
@@ -173,7 +176,7 @@ def learning_rates(path: Path) -> None:
             lowest, highest = [min(found) for found in losses.values()], [max(found) for found in losses.values()]
             panel.fill_between(rates, lowest, highest, color=colour, alpha=0.15, linewidth=0)
         seeds = len(model["arms"]["clip"]["losses"][f"{model['best_rate']:g}"])
-        name = {"pre": "Pre-LN", "rms": "RMSNorm"}[model["norm"]]
+        name = names[model["family"]]
         size = f"D {model['width']}, L {model['num_layers']}"
         panel.set_title(f"{name}, {size}: mean and range of {seeds} held-out seeds", fontsize=11)
         panel.set(xscale="log", xlabel="peak learning rate", ylabel="final validation loss (nats)")

@@ -1,5 +1,7 @@
 """Common decoders: Pre-LN with LayerNorm as in GPT-2, and RMSNorm with SwiGLU and rotary positions as in Llama.
 
+The other families are the models of `benchmarks.models` and `benchmarks.families`, with the usual normalisation.
+
 Shapes: B sequences, T tokens, D width, V vocabulary, H heads.
 """
 
@@ -12,8 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.families import language_model
+from benchmarks.models import Decoder
+
 Norm = Literal["pre", "rms"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
+Family = Literal["pre", "rms", "post", "moe", "mamba", "kan"]
+"""Families of the proving ground.
+
+pre, rms: `LanguageModel`. post: Post-LN. moe: two of eight experts for each token. mamba: selective state spaces. kan:
+splines in place of the feed-forward part. The last three are Pre-LN or, for state spaces, RMSNorm.
+"""
+FAMILIES: tuple[Family, ...] = get_args(Family)
 NUM_HEADS = 4
 VOCABULARY = 256
 INITIAL_STD = 0.02
@@ -24,10 +36,11 @@ ROTARY_BASE = 10_000.0
 class Attention(nn.Module):
     """Causal self-attention, (B, T, D) to (B, T, D).
 
-    With `record` set, the next forward stores the largest causal attention logit in `max_logit`, (H,).
+    With `record` set, the next forward stores the largest causal attention logit in `max_logit`, (H,). `dtype` is that
+    of the attention alone.
     """
 
-    def __init__(self, width: int, *, rotary: bool, qk_norm: bool) -> None:
+    def __init__(self, width: int, *, rotary: bool, qk_norm: bool, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         head_width = width // NUM_HEADS
         self.qkv = nn.Linear(width, 3 * width, bias=False)
@@ -35,6 +48,7 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(head_width) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_width) if qk_norm else nn.Identity()
         self.rotary = rotary
+        self.dtype = dtype
         self.record = False
         self.max_logit: Tensor | None = None
 
@@ -45,8 +59,9 @@ class Attention(nn.Module):
             q, k = rotate(q), rotate(k)
         if self.record:
             self.max_logit = largest_logit(q.detach(), k.detach())
+        q, k, v = (part.to(self.dtype) for part in (q, k, v))
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
-        written: Tensor = self.project(mixed)
+        written: Tensor = self.project(mixed.to(x.dtype))
         return written
 
 
@@ -94,11 +109,11 @@ class GatedFeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, norm: Norm, width: int, *, qk_norm: bool) -> None:
+    def __init__(self, norm: Norm, width: int, *, qk_norm: bool, dtype: torch.dtype) -> None:
         super().__init__()
         make_norm = nn.LayerNorm if norm == "pre" else nn.RMSNorm
         self.attention_norm = make_norm(width)
-        self.attention = Attention(width, rotary=norm == "rms", qk_norm=qk_norm)
+        self.attention = Attention(width, rotary=norm == "rms", qk_norm=qk_norm, dtype=dtype)
         self.mlp_norm = make_norm(width)
         self.mlp = GeluFeedForward(width) if norm == "pre" else GatedFeedForward(width)
 
@@ -109,13 +124,25 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Byte-level decoder: tokens (B, T) to logits (B, T, V). It draws its weights from the global generator."""
+    """Byte-level decoder: tokens (B, T) to logits (B, T, V). It draws its weights from the global generator.
 
-    def __init__(self, norm: Norm, *, width: int, num_layers: int, max_tokens: int, qk_norm: bool = False) -> None:
+    `dtype` is that of the attention alone.
+    """
+
+    def __init__(
+        self,
+        norm: Norm,
+        *,
+        width: int,
+        num_layers: int,
+        max_tokens: int,
+        qk_norm: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.token = nn.Embedding(VOCABULARY, width)
         self.position = nn.Embedding(max_tokens, width) if norm == "pre" else None
-        self.blocks = nn.ModuleList(Block(norm, width, qk_norm=qk_norm) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(norm, width, qk_norm=qk_norm, dtype=dtype) for _ in range(num_layers))
         self.final_norm = (nn.LayerNorm if norm == "pre" else nn.RMSNorm)(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         for name, weight in self.named_parameters():
@@ -132,5 +159,35 @@ class LanguageModel(nn.Module):
         logits: Tensor = self.head(self.final_norm(h))
         return logits
 
-    def attentions(self) -> list[Attention]:
-        return [module for module in self.modules() if isinstance(module, Attention)]
+
+def build(
+    family: Family,
+    *,
+    width: int,
+    num_layers: int,
+    max_tokens: int,
+    seed: int,
+    qk_norm: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> LanguageModel | Decoder:
+    """Build a model of `family`. QK-norm and the type of the attention apply to the first two families only."""
+    if family == "pre" or family == "rms":
+        torch.manual_seed(seed)
+        return LanguageModel(
+            family, width=width, num_layers=num_layers, max_tokens=max_tokens, qk_norm=qk_norm, dtype=dtype
+        )
+    if family == "post":
+        return Decoder("post", width=width, num_layers=num_layers, max_tokens=max_tokens, seed=seed)
+    return language_model(
+        "moe-2" if family == "moe" else family,
+        width=width,
+        num_layers=num_layers,
+        vocabulary=VOCABULARY,
+        num_tokens=max_tokens,
+        seed=seed,
+    )
+
+
+def attentions(model: nn.Module) -> list[Attention]:
+    """Return the attentions of a model that can record their logits."""
+    return [module for module in model.modules() if isinstance(module, Attention)]

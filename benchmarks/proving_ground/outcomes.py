@@ -125,11 +125,13 @@ def summary(runs: Sequence[Run]) -> Mapping[str, Any]:
     above = [run for run in guarded if run.case.lr > 2.0 * rate]
     healthy = [run for run in guarded if run.case.lr <= rate]
     leads = []
+    within = 0
     for run in above:
         same = of(alone, lr=run.case.lr, seed=run.case.seed)
         reference = of(alone, lr=rate, seed=run.case.seed)
         if not same or not reference or outcome(same[0], best) not in ("ruined", "diverged"):
             continue
+        within += final_loss(run) <= best + 0.05
         shown = shown_at(same[0], reference[0])
         acted = run.scalars["first_action"]
         leads.append(None if acted is None or shown is None else shown - acted)
@@ -139,6 +141,7 @@ def summary(runs: Sequence[Run]) -> Mapping[str, Any]:
         "best_loss": best,
         "healthy": false_alarms(healthy),
         "ruined_alone": len(leads),
+        "ruined_within": within,
         "acted_before_shown": sum(lead > 0 for lead in known),
         "median_lead_steps": statistics.median(known) if known else None,
         "within_0.05": sum(final_loss(run) <= best + 0.05 for run in above),
@@ -153,19 +156,31 @@ def _lost(run: Run) -> int:
     return int(run.scalars.get("lost_steps", 0))
 
 
-def fault(runs: Sequence[Run], unfaulted: Sequence[Run]) -> Mapping[str, Any]:
-    """Compare the runs with one fault, alone and guarded, with those of the same seeds without it."""
+def fault(runs: Sequence[Run], references: Sequence[Run]) -> Mapping[str, Any]:
+    """Compare the runs with one fault, alone and guarded, with the references of the same seeds without it."""
     alone, guarded = of(runs, arm="clip"), of(runs, arm="guarded")
-    reference = {run.case.seed: final_loss(run) for run in unfaulted}
+    reference = {run.case.seed: run for run in references}
 
-    def within(mine: Sequence[Run]) -> int:
-        return sum(final_loss(run) <= reference[run.case.seed] + FAULT_TOLERANCE for run in mine)
+    def above(run: Run) -> float:
+        return final_loss(run) - final_loss(reference[run.case.seed])
 
+    ruined = [run for run in alone if above(run) > RUINED or run.scalars["diverged_at"] is not None]
+    partners = [(run, same[0]) for run in ruined if (same := of(guarded, seed=run.case.seed))]
+    leads = []
+    for run, partner in partners:
+        shown, acted = shown_at(run, reference[run.case.seed]), partner.scalars["first_action"]
+        if shown is not None and acted is not None:
+            leads.append(shown - acted)
     return {
+        "reference": [round(final_loss(run), 4) for run in references],
         "clip": [round(final_loss(run), 4) for run in alone],
         "guarded": [round(final_loss(run), 4) for run in guarded],
-        "alone_within": within(alone),
-        "guarded_within": within(guarded),
+        "alone_within": sum(above(run) <= FAULT_TOLERANCE for run in alone),
+        "guarded_within": sum(above(run) <= FAULT_TOLERANCE for run in guarded),
         "acted": sum(run.scalars["num_actions"] > 0 for run in guarded),
         "rewound": sum(run.scalars.get("num_rewinds", 0) > 0 for run in guarded),
+        "ruined_alone": len(ruined),
+        "ruined_within": sum(above(partner) <= FAULT_TOLERANCE for _, partner in partners),
+        "acted_before_shown": sum(lead > 0 for lead in leads),
+        "median_lead_steps": statistics.median(leads) if leads else None,
     }

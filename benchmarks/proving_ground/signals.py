@@ -138,22 +138,27 @@ def _ruined(runs: Sequence[Run], rate: float, best: float) -> Iterator[tuple[Run
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.proving_ground.signals", description=__doc__)
     campaign.options(parser, RESULT)
-    parser.add_argument("--norms", nargs="+", choices=NORMS, default=NORMS)
+    parser.add_argument("--families", nargs="+", choices=NORMS, default=NORMS)
     parser.add_argument("--chosen", type=int, nargs="+", default=CHOSEN, help="seeds that set the thresholds")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds that are scored")
     options = parser.parse_args(arguments)
     console = campaign.console()
     rates = dict.fromkeys(options.chosen, HEALTHY_RATES)
     rates |= dict.fromkeys(options.seeds, (*HEALTHY_RATES, *RUINED_RATES))
-    cases = [Recipe(norm=norm, lr=lr, seed=seed) for norm in options.norms for seed in rates for lr in rates[seed]]
+    cases = [
+        Recipe(family=family, lr=lr, seed=seed, signals=True)
+        for family in options.families
+        for seed in rates
+        for lr in rates[seed]
+    ]
     runs = campaign.run(cases, train, options.work, workers=options.workers, console=console)
     models = {}
-    for norm in options.norms:
-        chosen = [run for run in of(runs, norm=norm) if run.case.seed in options.chosen]
-        tried = [run for run in of(runs, norm=norm) if run.case.seed in options.seeds]
-        models[norm] = score(chosen, tried)
-        drawn = Table("signal", "threshold", "early", "median lead", "false alarms / 1,000", title=norm)
-        for row in models[norm]:
+    for family in options.families:
+        chosen = [run for run in of(runs, family=family) if run.case.seed in options.chosen]
+        tried = [run for run in of(runs, family=family) if run.case.seed in options.seeds]
+        models[family] = score(chosen, tried)
+        drawn = Table("signal", "threshold", "early", "median lead", "false alarms / 1,000", title=family)
+        for row in models[family]:
             lead = row["median_lead_steps"]
             drawn.add_row(
                 row["signal"],

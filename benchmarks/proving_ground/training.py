@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -19,31 +19,61 @@ from torch.nn import functional
 from benchmarks.control import Control, Controller, Copies
 from benchmarks.proving_ground import text
 from benchmarks.proving_ground.clipping import gradient_rule
-from benchmarks.proving_ground.models import VOCABULARY, LanguageModel, Norm
+from benchmarks.proving_ground.models import VOCABULARY, Family, attentions, build
+from benchmarks.proving_ground.optimizers import OptimizerName, set_rate
+from benchmarks.proving_ground.optimizers import build as build_optimizers
 from koopmon.agent.capture.log_partition import log_partition
 from koopmon.agent.capture.update_rms import UpdateRms
-from koopmon.config import CadenceConfig
+from koopmon.agent.control.optimizer_set import OptimizerSet
+from koopmon.config import CadenceConfig, RiskConfig, merged
+from koopmon.plugins import adapters
 from koopmon.spectral import SpectralProfile, profile_states
 
-Arm = Literal["clip", "qk_norm", "zclip", "adagc", "spike", "backoff", "guarded"]
+Arm = Literal["clip", "qk_norm", "zclip", "adagc", "stable_adamw", "spike", "backoff", "guarded"]
 """Arms of the comparison.
 
 clip: gradient clipping at 1.0 only. qk_norm: the same with normalised queries and keys, which is another model. zclip,
-adagc: other gradient clippings beside it. spike: the rate is halved when the loss jumps. guarded: koopmon's detector
-and policy with their defaults. backoff: the same with the policy `lr`, which only lowers the rate.
+adagc: other gradient clippings beside it. stable_adamw: update clipping beside it. spike: the rate is halved when the
+loss jumps. guarded: koopmon's detector and policy with their defaults. backoff: the same with the policy `lr`, which
+only lowers the rate.
 """
-Failure = Literal["", "no_warmup", "restart", "bad_batches", "stale_moments", "lost_state", "finetune"]
-"""Faults. All but the first happen in the middle of the run.
+Failure = Literal[
+    "",
+    "no_warmup",
+    "restart",
+    "bad_batches",
+    "stale_moments",
+    "lost_state",
+    "finetune",
+    "bad_stretch",
+    "shift",
+    "stale_shift",
+    "attention_rate",
+    "head_rate",
+    "bf16",
+]
+"""Faults. All but the first and the last happen in the middle of the run.
 
 no_warmup: the schedule starts at its peak. restart: the schedule restarts at 30 times the peak rate. bad_batches: five
 batches of random bytes. stale_moments: Adam's second moments shrink by a factor of 1,000. lost_state: the job restarts
 without the optimizer's state. finetune: it restarts without it, at 30 times the rate, with a warm-up of ten steps.
+bad_stretch: 100 batches of random bytes. shift: the first half of the run has lines of one repeated byte, so that its
+gradients are small, and the second half has text. stale_shift: the same with beta2 0.999, so that the second moments
+stay small for hundreds of steps. attention_rate: queries, keys and values train at 30 times the rate, and their logits
+grow. head_rate: the output layer does, without z-loss. bf16: the attention computes in bfloat16.
 """
 FAILURES: tuple[Failure, ...] = tuple(name for name in get_args(Failure) if name)
 NEW_LAUNCH: tuple[Failure, ...] = ("lost_state", "finetune")
-NUM_BAD_BATCHES = 5
+BAD_BATCHES: Mapping[Failure, int] = {"bad_batches": 5, "bad_stretch": 100}
+"""Batches of random bytes, by fault."""
+SHIFTS: tuple[Failure, ...] = ("shift", "stale_shift")
+APART: Mapping[Failure, str] = {"attention_rate": "attention.qkv", "head_rate": "head"}
+"""Part of the names of the parameters whose rate a fault multiplies by RESTART_FACTOR."""
 STALE_FACTOR = 1e-3
+BETA2, STALE_BETA2 = 0.95, 0.999
 FINETUNE_WARMUP = 10
+ADAPTERS: Mapping[Family, str] = {"moe": "moe", "mamba": "mamba", "kan": "kan"}
+"""Adapter of a family, if it is another one than that of transformers."""
 
 CONTROLS: Mapping[Arm, Control] = {"guarded": "auto", "backoff": "lr", "spike": "spike"}
 CLIP = 1.0
@@ -59,9 +89,12 @@ LAST = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """`lr` is the peak rate; `warmup` linear steps, then a cosine to a tenth. Every arm clips at 1.0."""
+    """`lr` is the peak rate; `warmup` linear steps, then a cosine to a tenth. Every arm clips at 1.0.
 
-    norm: Norm
+    With `signals`, a run without a guard takes the snapshots of a guarded one too.
+    """
+
+    family: Family
     width: int = 64
     num_layers: int = 4
     lr: float
@@ -72,13 +105,16 @@ class Recipe:
     warmup: int = 50
     batch: int = 16
     num_tokens: int = 64
+    optimizer: OptimizerName = "adamw"
     weight_decay: float = 0.0
+    signals: bool = False
 
     @property
     def name(self) -> str:
         more = f"-{self.failure}" if self.failure else ""
+        more += f"-{self.optimizer}" if self.optimizer != "adamw" else ""
         more += f"-wd{self.weight_decay:g}" if self.weight_decay else ""
-        return f"{self.norm}-d{self.width}-l{self.num_layers}-lr{self.lr:g}-s{self.seed}-{self.arm}{more}"
+        return f"{self.family}-d{self.width}-l{self.num_layers}-lr{self.lr:g}-s{self.seed}-{self.arm}{more}"
 
     def scheduled_rate(self, step: int) -> float:
         """Return the rate of the schedule at `step`, before koopmon's scale."""
@@ -95,20 +131,37 @@ class Recipe:
     def fault_step(self) -> int:
         return self.steps // 2
 
+    def rate_apart(self, step: int) -> float:
+        """Return the rate of the parameters of APART over that of the schedule."""
+        return RESTART_FACTOR if self.failure in APART and step >= self.fault_step else 1.0
+
+    def batch_at(self, step: int, generator: torch.Generator) -> Tensor:
+        """Draw the batch of `step`, (B, T + 1)."""
+        tokens = text.batch(generator, self.batch, self.num_tokens)
+        after = step - self.fault_step
+        own = torch.Generator().manual_seed(step)
+        if 0 <= after < BAD_BATCHES.get(self.failure, 0):
+            return torch.randint(VOCABULARY, tokens.shape, generator=own)
+        if after < 0 and self.failure in SHIFTS:
+            return torch.randint(VOCABULARY, (len(tokens), 1), generator=own).expand_as(tokens)
+        return tokens
+
 
 def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
     """Train by `recipe`; return its scalars and its series, for `benchmarks.campaign`."""
-    torch.manual_seed(recipe.seed)
-    model = LanguageModel(
-        recipe.norm,
+    model = build(
+        recipe.family,
         width=recipe.width,
         num_layers=recipe.num_layers,
         max_tokens=recipe.num_tokens,
+        seed=recipe.seed,
         qk_norm=recipe.arm == "qk_norm",
+        dtype=torch.bfloat16 if recipe.failure == "bf16" else torch.float32,
     )
     parameters = list(model.parameters())
     launches = [Launch(recipe, model, 0)]
     rule = gradient_rule(recipe.arm, CLIP)
+    takes_snapshots = recipe.signals or CONTROLS.get(recipe.arm, "spike") != "spike"
     recorder = Recorder(model)
     generator = torch.Generator().manual_seed(100 + recipe.seed)
     first_loss = validation_loss(model, recipe)
@@ -118,24 +171,22 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
     diverged_at: int | None = None
     began = time.perf_counter()
     for step in range(recipe.steps):
-        tokens = text.batch(generator, recipe.batch, recipe.num_tokens)
-        after = step - recipe.fault_step
-        if recipe.failure == "bad_batches" and 0 <= after < NUM_BAD_BATCHES:
-            tokens = torch.randint(VOCABULARY, tokens.shape, generator=torch.Generator().manual_seed(step))
-        if recipe.failure in NEW_LAUNCH and after == 0:
+        tokens = recipe.batch_at(step, generator)
+        if recipe.failure in NEW_LAUNCH and step == recipe.fault_step:
             launches.append(Launch(recipe, model, step))
         launch = launches[-1]
-        optimizer, controller, own_step = launch.optimizer, launch.controller, step - launch.first_step
-        if recipe.failure == "stale_moments" and after == 0:
-            for state in optimizer.state.values():
+        controller, own_step = launch.controller, step - launch.first_step
+        if recipe.failure == "stale_moments" and step == recipe.fault_step:
+            for state in launch.optimizers[-1].state.values():
                 state["exp_avg_sq"].mul_(STALE_FACTOR)
-        scheduled = recipe.scheduled_rate(step)
+        apart = recipe.rate_apart(step)
+        scheduled = recipe.scheduled_rate(step) * apart  # the agent reports the largest rate of all groups
         controller.begin(own_step, scheduled)
-        due = is_due(own_step, controller.dense_until)
+        due = takes_snapshots and is_due(own_step, controller.dense_until)
         if due:
             recorder.start()
         loss = loss_of(model, tokens)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         losses.append(loss.item())
@@ -148,11 +199,11 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
             controller.see(own_step, profile, losses[-1], scheduled)
         rule(parameters, norm)
         rates.append(scheduled * controller.lr_scale)
-        for group in optimizer.param_groups:
-            group["lr"] = rates[-1]
+        set_rate(launch.optimizers, rates[-1] / apart, apart)
         if due:
-            recorder.note_update(optimizer)
-        optimizer.step()
+            recorder.note_update(launch.optimizers)
+        for optimizer in launch.optimizers:
+            optimizer.step()
     scalars = {
         "diverged_at": diverged_at,
         "first_loss": first_loss,
@@ -172,15 +223,24 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
 class Launch:
     """One launch of the job: the weights continue, the optimizer's state and koopmon start from nothing."""
 
-    def __init__(self, recipe: Recipe, model: LanguageModel, first_step: int) -> None:
+    def __init__(self, recipe: Recipe, model: nn.Module, first_step: int) -> None:
         self.first_step = first_step
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
+        self.optimizers = build_optimizers(
+            "stable_adamw" if recipe.arm == "stable_adamw" else recipe.optimizer,
+            model,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            beta2=STALE_BETA2 if recipe.failure == "stale_shift" else BETA2,
+            apart=APART.get(recipe.failure, ""),
         )
         control = CONTROLS.get(recipe.arm, "")
-        copies = Copies(model, self.optimizer) if control == "auto" else None
         self.controller = Controller(
-            control, width=recipe.width, num_layers=recipe.num_layers, exponent=0.0, copies=copies
+            control,
+            width=recipe.width if OptimizerSet(self.optimizers).rate_sized_steps() else 0,
+            num_layers=recipe.num_layers,
+            exponent=0.0,
+            risk=risk_config(recipe.family),
+            copies=Copies(model, self.optimizers) if control == "auto" else None,
         )
 
     @property
@@ -188,6 +248,12 @@ class Launch:
         """Step of the run at which koopmon decided to act for the first time."""
         at = self.controller.first_action
         return None if at is None else self.first_step + at
+
+
+def risk_config(family: Family) -> RiskConfig:
+    """Return the detector's settings with the thresholds of the family's adapter."""
+    name = ADAPTERS.get(family)
+    return RiskConfig() if name is None else merged(RiskConfig(), adapters()[name].thresholds(), "thresholds")
 
 
 def is_due(step: int, dense_until: int) -> bool:
@@ -215,8 +281,10 @@ def validation_loss(model: nn.Module, recipe: Recipe) -> float:
 class Recorder:
     """Takes the states of 512 tokens at every depth like the agent, and profiles them at online settings."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._blocks = list(model.get_submodule("blocks").children())
+        self._attentions = attentions(model)
         self._states: list[Tensor] = []
         self._handles: list[Any] = []
         self._steps: list[int] = []
@@ -224,12 +292,12 @@ class Recorder:
         self._log_partition: Tensor | None = None
 
     def start(self) -> None:
-        blocks = self._model.blocks
+        blocks = self._blocks
         self._states = []
         self._handles = [blocks[0].register_forward_pre_hook(lambda _, args: self._take(args[0]))]
         self._handles += [block.register_forward_hook(lambda _, __, y: self._take(y)) for block in blocks]
         self._handles.append(self._model.register_forward_hook(lambda _, __, logits: self._take_output(logits)))
-        for attention in self._model.attentions():
+        for attention in self._attentions:
             attention.record = True
 
     def _take(self, state: Tensor) -> None:
@@ -238,10 +306,11 @@ class Recorder:
     def _take_output(self, logits: Tensor) -> None:
         self._log_partition = log_partition(logits, (VOCABULARY,))
 
-    def note_update(self, optimizer: torch.optim.Optimizer) -> None:
+    def note_update(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Add the update RMS of the update that follows, as the agent measures it: after clipping, before the step."""
         update = UpdateRms()
-        update.add(optimizer)
+        for optimizer in optimizers:
+            update.add(optimizer)
         value = update.end()
         self._rows[-1]["update_rms"] = [math.nan if value is None else value.item()]
 
@@ -249,7 +318,7 @@ class Recorder:
         """Profile this forward; None for states that are not finite."""
         for handle in self._handles:
             handle.remove()
-        for attention in self._model.attentions():
+        for attention in self._attentions:
             attention.record = False
         generator = torch.Generator().manual_seed(step)
         chosen = torch.randperm(len(self._states[0]), generator=generator)[:ONLINE_SAMPLES]
@@ -264,7 +333,7 @@ class Recorder:
         num_layers = len(states) - 1
         missing = [math.nan] * num_layers
         layers = profile.layers if profile is not None else ()
-        logits = [a.max_logit.max().item() if a.max_logit is not None else math.nan for a in self._model.attentions()]
+        logits = [a.max_logit.max().item() if a.max_logit is not None else math.nan for a in self._attentions]
         return {
             "update_ratio": [layer.update_ratio for layer in layers] or missing,
             "spectral_radius": [layer.spectral_radius for layer in layers] or missing,
@@ -272,7 +341,7 @@ class Recorder:
             "near_unit_mass": [layer.near_unit_mass for layer in layers] or missing,
             "reliable_mode_ratio": [layer.reliable_mode_ratio for layer in layers] or missing,
             "stream_rms": [state.square().mean().sqrt().item() for state in states[1:]],
-            "max_logit": logits,
+            "max_logit": logits or missing,
             "update_rms": [math.nan],
             "log_partition": [math.nan if self._log_partition is None else self._log_partition.item()],
             "informative": [float(profile is not None and profile.informative)],

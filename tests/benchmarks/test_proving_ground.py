@@ -1,9 +1,7 @@
 """Proving ground: models, schedule, clipping rules, and results from recorded runs."""
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +11,11 @@ from torch import nn
 
 from benchmarks.campaign import Kept
 from benchmarks.proving_ground import text
-from benchmarks.proving_ground.__main__ import LARGE, SMALL, analyse, kept_models, plan
+from benchmarks.proving_ground.__main__ import LARGE, SMALL, Model, Plan, analyse, fault_cases, merged, signed
 from benchmarks.proving_ground.clipping import AdaGC, ZClip, gradient_rule
-from benchmarks.proving_ground.models import NORMS, LanguageModel, largest_logit, rotate
+from benchmarks.proving_ground.models import FAMILIES, NORMS, LanguageModel, attentions, build, largest_logit, rotate
+from benchmarks.proving_ground.optimizers import OPTIMIZERS, set_rate
+from benchmarks.proving_ground.optimizers import build as build_optimizers
 from benchmarks.proving_ground.outcomes import (
     best_rate,
     false_alarms,
@@ -27,14 +27,15 @@ from benchmarks.proving_ground.outcomes import (
     shown_at,
     spiked,
 )
-from benchmarks.proving_ground.training import FAILURES, Launch, Recipe, is_due, train
+from benchmarks.proving_ground.training import FAILURES, Launch, Recipe, is_due, risk_config, train
+from koopmon.profiling import capture_states
 
 
 def kept(loss: float | None = 2.0, **fields: Any) -> Kept[Recipe]:
     series = fields.pop("series", {"loss": np.full(100, 2.0)})
     scalars = {"diverged_at": None, "first_loss": 5.5, "final_loss": loss, "num_actions": 0, "first_action": None}
     scalars |= {name: fields.pop(name) for name in tuple(fields) if name in scalars}
-    recipe = Recipe(**{"norm": "pre", "lr": 0.003, "seed": 0, "steps": 100, "warmup": 10} | fields)
+    recipe = Recipe(**{"family": "pre", "lr": 0.003, "seed": 0, "steps": 100, "warmup": 10} | fields)
     return Kept(recipe, scalars, series)
 
 
@@ -79,7 +80,7 @@ def test_excerpts_for_validation_are_held_out() -> None:
 
 
 def test_the_schedule_warms_up_decays_and_restarts() -> None:
-    recipe = Recipe(norm="pre", lr=0.01, seed=0, steps=200, warmup=20)
+    recipe = Recipe(family="pre", lr=0.01, seed=0, steps=200, warmup=20)
     rates = [recipe.scheduled_rate(step) for step in range(200)]
     assert rates[0] == pytest.approx(0.01 / 20, rel=1e-3)
     assert max(rates) == pytest.approx(0.01, rel=0.05)
@@ -187,16 +188,50 @@ def test_false_alarms_are_counted_by_run_and_by_step() -> None:
     assert not spiked(np.full(50, 2.0))
 
 
+ALL = Plan(
+    models=[
+        model
+        for width, num_layers in (SMALL, LARGE)
+        for family in FAMILIES
+        for optimizer in ("adamw", "muon")
+        for decay in (0.0, 0.1)
+        if (model := Model(width, num_layers, family, optimizer, decay)).exists
+    ],
+    seeds=(10,),
+)
+
+
 def test_the_plan_has_clipping_alone_for_every_other_run() -> None:
-    cases = list(plan((10,), ((64, 4),)))
+    cases = ALL.cases()
     assert len(cases) == len(set(cases))
-    alone = {replace(case, arm="clip") for case in cases}
-    assert alone <= set(cases)
+    assert {replace(case, arm="clip") for case in cases} <= set(cases)
+    assert {case.family for case in cases} == set(FAMILIES)
+    assert {case.failure for case in cases} == {"", *FAILURES}
+    assert {(case.optimizer, case.weight_decay) for case in cases if case.family == "rms"} == {
+        ("adamw", 0.0),
+        ("adamw", 0.1),
+        ("muon", 0.0),
+        ("muon", 0.1),
+    }
+
+
+def test_a_part_of_the_plan_has_its_references_alone() -> None:
+    rules = replace(ALL, models=ALL.models[:1], parts=("rules",), arms=("zclip",)).cases()
+    assert {case.arm for case in rules} == {"clip", "zclip", "guarded"}
+    assert {case.lr for case in rules if case.arm == "zclip"} == {0.01, 0.03, 0.1}
+    faults = replace(ALL, models=ALL.models[:1], parts=("faults",), failures=("stale_shift",)).cases()
+    assert {(case.failure, case.arm) for case in faults} == {
+        ("", "clip"),
+        ("shift", "clip"),
+        ("stale_shift", "clip"),
+        ("stale_shift", "guarded"),
+    }
+    assert ("no_warmup", 0.03) in fault_cases(("no_warmup",))
 
 
 def test_a_guarded_run_that_needs_no_guard_is_the_same_run() -> None:
-    recipe = Recipe(norm="rms", width=16, num_layers=2, lr=1e-3, seed=3, steps=12, warmup=6, batch=4, num_tokens=16)
-    scalars, series = train(recipe)
+    recipe = Recipe(family="rms", width=16, num_layers=2, lr=1e-3, seed=3, steps=12, warmup=6, batch=4, num_tokens=16)
+    scalars, series = train(replace(recipe, signals=True))
     guarded, watched = train(replace(recipe, arm="guarded"))
     assert guarded["num_actions"] == 0
     assert guarded["final_loss"] == scalars["final_loss"]
@@ -207,22 +242,97 @@ def test_a_guarded_run_that_needs_no_guard_is_the_same_run() -> None:
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_fault_changes_the_run_from_its_step_on(failure: Any) -> None:
-    recipe = Recipe(norm="pre", width=16, num_layers=2, lr=1e-2, seed=3, steps=12, warmup=3, batch=4, num_tokens=16)
-    _, plain = train(recipe)
+    recipe = Recipe(family="pre", width=16, num_layers=2, lr=1e-2, seed=3, steps=12, warmup=3, batch=4, num_tokens=16)
+    _, plain = train(replace(recipe, failure="shift") if failure == "stale_shift" else recipe)
     _, faulted = train(replace(recipe, failure=failure))
-    same = np.flatnonzero(plain["loss"] != faulted["loss"])
-    first = 1 if failure == "no_warmup" else 6 if failure == "bad_batches" else 7
-    assert same[0] == first, "the fault reaches the update of step 6, or its batch, and the loss after it"
+    changed = np.flatnonzero(plain["loss"] != faulted["loss"])
+    firsts = {"no_warmup": 1, "bf16": 0, "shift": 0, "stale_shift": 1, "bad_batches": 6, "bad_stretch": 6}
+    first = firsts.get(failure, 7)
+    assert changed[0] == first, "the fault reaches the update of step 6, or its batch, and the loss after it"
+
+
+def test_bytes_change_in_the_middle_of_a_shift() -> None:
+    recipe = Recipe(family="pre", lr=1e-2, seed=3, steps=12, failure="shift")
+    generator = torch.Generator().manual_seed(0)
+    batches = [recipe.batch_at(step, generator) for step in range(12)]
+    constant = [bool((batch == batch[:, :1]).all()) for batch in batches]
+    assert constant == [True] * 6 + [False] * 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_guarded_as_the_agent_would_guard_it(family: Any) -> None:
+    if family == "mamba":
+        pytest.importorskip("mambapy")
+    model = build(family, width=16, num_layers=2, max_tokens=16, seed=1)
+    tokens = torch.randint(256, (8, 16), generator=torch.Generator().manual_seed(0))
+    captured = capture_states(model, tokens, num_samples=64, seed=0)
+    assert captured.known_exponent == 0.0, "its blocks count as normalised"
+    assert len(captured.states) == 3
+    same = build(family, width=16, num_layers=2, max_tokens=16, seed=1)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), same.parameters(), strict=True))
+    assert risk_config(family).reliability_weight == (0.25 if family == "kan" else 0.0)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NORMS])
+def test_another_family_trains_beside_the_guard_unchanged(family: Any) -> None:
+    if family == "mamba":
+        pytest.importorskip("mambapy")
+    recipe = Recipe(family=family, width=16, num_layers=2, lr=1e-3, seed=3, steps=6, warmup=3, batch=4, num_tokens=16)
+    alone, series = train(recipe)
+    guarded, watched = train(replace(recipe, arm="guarded"))
+    assert (series["loss"] == watched["loss"]).all()
+    assert alone["final_loss"] == guarded["final_loss"]
+    assert watched["update_ratio"].shape == (6, 2)
+
+
+def test_attention_in_bfloat16_rounds_and_is_else_the_same() -> None:
+    tokens = torch.randint(256, (2, 8))
+    exact, rounded = (
+        build("rms", width=16, num_layers=2, max_tokens=8, seed=1, dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert attentions(rounded)[0].qkv.weight.dtype == torch.float32
+    difference = (exact(tokens) - rounded(tokens)).abs().max()
+    assert 0.0 < difference < 0.01
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_parameter_has_one_optimizer_and_the_rate_of_its_group(name: Any) -> None:
+    if name == "stable_adamw":
+        pytest.importorskip("pytorch_optimizer")
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim has no Muon")
+    model = build("rms", width=16, num_layers=2, max_tokens=16, seed=1)
+    optimizers = build_optimizers(name, model, lr=0.1, weight_decay=0.0, beta2=0.95, apart="head")
+    held = [weight for each in optimizers for group in each.param_groups for weight in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    set_rate(optimizers, 0.01, 30.0)
+    rates = {
+        id(weight): group["lr"] for each in optimizers for group in each.param_groups for weight in group["params"]
+    }
+    for path, weight in model.named_parameters():
+        assert rates[id(weight)] == (0.3 if path == "head.weight" else 0.01)
+    if name == "muon":
+        assert all(weight.dim() == 2 for weight in optimizers[0].param_groups[0]["params"])
+
+
+def test_the_rate_of_muon_does_not_give_the_length_of_its_steps() -> None:
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim has no Muon")
+    recipe = Recipe(family="rms", width=16, num_layers=2, lr=1e-3, seed=3, arm="guarded", optimizer="muon")
+    model = build("rms", width=16, num_layers=2, max_tokens=16, seed=1)
+    assert Launch(recipe, model, 0).controller._width == 0
+    assert Launch(replace(recipe, optimizer="adamw"), model, 0).controller._width == 16
 
 
 def test_a_new_launch_has_its_own_agent() -> None:
-    recipe = Recipe(norm="pre", width=16, num_layers=2, lr=1e-3, seed=3, steps=8, warmup=3, batch=4, num_tokens=16)
+    recipe = Recipe(family="pre", width=16, num_layers=2, lr=1e-3, seed=3, steps=8, warmup=3, batch=4, num_tokens=16)
     _, series = train(replace(recipe, arm="guarded", failure="lost_state"))
     assert np.isfinite(series["loss"]).all()
     launch = Launch(replace(recipe, arm="guarded"), LanguageModel("pre", width=16, num_layers=2, max_tokens=16), 100)
     launch.controller.first_action = 7
     assert launch.first_action == 107
-    assert not launch.optimizer.state
+    assert not launch.optimizers[0].state
 
 
 def test_a_fault_is_compared_with_the_same_seed_without_it() -> None:
@@ -234,6 +344,17 @@ def test_a_fault_is_compared_with_the_same_seed_without_it() -> None:
     found = fault(runs, unfaulted)
     assert (found["clip"], found["guarded"]) == ([2.5, 2.22], [2.02, 2.24])
     assert (found["alone_within"], found["guarded_within"], found["acted"]) == (1, 1, 2)
+    assert (found["ruined_alone"], found["ruined_within"]) == (1, 1), "the second seed was not ruined"
+
+
+def test_an_action_before_the_loss_shows_a_fault_has_a_lead() -> None:
+    late = {"loss": np.array([2.0] * 60 + [3.0] * 40)}
+    runs = [kept(3.0, failure="restart", series=late), kept(2.0, failure="restart", arm="guarded", first_action=52)]
+    found = fault(runs, [kept(2.0)])
+    assert found["acted_before_shown"] == 1
+    assert 0 < found["median_lead_steps"] < 20
+    never = [runs[0], kept(3.0, failure="restart", arm="guarded")]
+    assert fault(never, [kept(2.0)])["acted_before_shown"] == 0
 
 
 def test_the_analysis_names_the_best_rate_and_what_the_guard_did() -> None:
@@ -244,7 +365,7 @@ def test_the_analysis_names_the_best_rate_and_what_the_guard_did() -> None:
         for seed in (1, 2)
         for lr, loss in losses.items()
     ]
-    (model,) = analyse(runs)
+    (model,) = analyse(runs, Plan(models=[Model(64, 4, "pre")], seeds=(1, 2), parts=("rates",)))
     assert model["best_rate"] == 3e-3
     assert model["healthy"]["untouched"] == 1.0
     assert model["within_0.05"] == model["num_above"] == 8
@@ -252,18 +373,26 @@ def test_the_analysis_names_the_best_rate_and_what_the_guard_did() -> None:
     assert model["arms"]["clip"]["outcomes"]["0.1"] == ["ruined", "ruined"]
 
 
-def test_a_run_of_one_size_keeps_the_results_of_the_other(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    assert kept_models(path, [LARGE]) == []
-    models = [{"width": width, "num_layers": num_layers, "norm": "pre"} for width, num_layers in (SMALL, LARGE)]
-    path.write_text(json.dumps({"models": models}), encoding="utf-8")
-    assert kept_models(path, [LARGE]) == models[:1]
-    assert kept_models(path, [SMALL, LARGE]) == []
+def test_a_call_keeps_what_it_did_not_measure() -> None:
+    about = {"provenance": {"commit": "abc"}, "seeds": [1]}
+    keys = {"family": "rms", "optimizer": "adamw", "weight_decay": 0.0}
+    large = {"width": 128, "num_layers": 6, **keys, "best_rate": 1.0, "faults": {}}
+    small = {"width": 64, "num_layers": 4, **keys, "best_rate": 2.0, "faults": {"restart": {"acted": 3}}}
+    new = {"width": 64, "num_layers": 4, **keys, "rules": {"best": [2.0]}, "faults": {"bf16": {"acted": 0}}}
+    post = {"width": 64, "num_layers": 4, **keys, "family": "post", "arms": {}}
+    found = merged([large, small], [signed(new, about), signed(post, about)])
+    assert [model["family"] for model in found] == ["rms", "post", "rms"]
+    assert found[2] == large
+    assert found[1]["seeds"] == [1]
+    assert found[0]["best_rate"] == 2.0
+    assert found[0]["rules"] == {"best": [2.0], **about}
+    assert found[0]["faults"] == {"restart": {"acted": 3}, "bf16": {"acted": 0, "seeds": [1], "commit": "abc"}}
+    assert "seeds" not in found[0], "the rates were not measured"
 
 
 def test_the_recorder_has_the_signals_of_the_agent() -> None:
-    recipe = Recipe(norm="pre", width=16, num_layers=2, lr=0.003, seed=0, steps=12, warmup=4, batch=2, num_tokens=16)
-    _, series = train(recipe)
+    recipe = Recipe(family="pre", width=16, num_layers=2, lr=0.003, seed=0, steps=12, warmup=4, batch=2, num_tokens=16)
+    _, series = train(replace(recipe, signals=True))
     steps = series["profile_step"]
     assert len(steps) > 1
     for name in ("update_rms", "log_partition"):

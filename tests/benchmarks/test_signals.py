@@ -35,7 +35,7 @@ def kept(lr: float, seed: int, level: Any, *, loss: Any = None, final: float = 2
         "informative": np.ones((len(STEPS), 1)),
         **{name: np.clip(layers, 0, 1) if name.endswith(("mass", "mode_ratio")) else layers for name in names},
     }
-    recipe = Recipe(norm="pre", lr=lr, seed=seed)
+    recipe = Recipe(family="pre", lr=lr, seed=seed)
     return Kept(recipe, {"diverged_at": None, "first_loss": 5.5, "final_loss": final}, series)
 
 
