@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,9 +27,10 @@ from koopmon.agent.control.action import ControlAction, NextForwards, Update, ov
 from koopmon.agent.control.all_actions import make_actions
 from koopmon.agent.control.loop_requests import LoopRequest
 from koopmon.agent.control.new_optimizers import listen
-from koopmon.agent.control.optimizer_set import OptimizerSet, parameter_ids
+from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rank_group import RankGroup
-from koopmon.agent.control.step_clock import StepClock, is_nested, may_be_nested, stepping_optimizers
+from koopmon.agent.control.step_clock import StepClock, is_nested, stepping_optimizers
+from koopmon.agent.hooked_optimizers import HookedOptimizers
 from koopmon.agent.lifecycle import LifeCycle, RankedState, StoodDown, WaitingForRanks, Watching
 from koopmon.agent.notices import Notices
 from koopmon.agent.parallelism import ParallelLayout, takes_uneven_inputs
@@ -103,14 +104,8 @@ class AgentRuntime:
         self._scalars = StepScalars(self.optimizers, self.stats)
         self._snapshot: RankSnapshot | None = None
         """The snapshot of this step. It is sent at the end of the step, with the loss and the gradient norm."""
-        self._new_optimizers = False
-        """True if optimizers were added since the last step."""
-        self._hooks_of: weakref.WeakKeyDictionary[Optimizer, tuple[Any, Any]] = weakref.WeakKeyDictionary()
-        """The hooks of the optimizers that are followed."""
         self._stepped = False
         """True if one of them has stepped since the last training forward."""
-        self._wrappers: set[int] = set()
-        """The ids of optimizers with hooks that wrap others."""
         self._clock = StepClock()
         self._unkept = False
         """True from the begin of a step until the file for the next launch has its values."""
@@ -162,11 +157,9 @@ class AgentRuntime:
         """Time of the steps that the budget has earned."""
         # Lasting actions have a breaker of their own, because they stay in force after the agent has failed.
         self._lasting_breaker = CircuitBreaker("learning-rate back-off")
-        self._handles: list[Any] = []
-        self._pre_hooks: set[int] = set()
-        """The keys of the step pre-hooks among the hooks of the optimizers."""
-        self._replaced: dict[int, Any] = {}
-        """The optimizer, or its view, that the step of each optimizer was given in a call that has not ended."""
+        hook = self._lasting_breaker.hook
+        before, after = hook(self._before_call, self._trace_call), hook(self._after_call)
+        self._hooked = HookedOptimizers(model, self.optimizers, before, after)
         try:
             for optimizer in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
                 self.add_optimizer(optimizer)
@@ -183,61 +176,23 @@ class AgentRuntime:
         """Follow one more optimizer of the model: same clock, same commands."""
         for other in self._beside:
             other.add_optimizer(optimizer)
-        self._new_optimizers = True
         self._quiet.end()
-        for member in self.optimizers.add(optimizer):
-            self._wrappers.discard(id(member))
-            self._hook(member)
-
-    def _hook(self, member: Optimizer) -> None:
-        hook = self._lasting_breaker.hook
-        before = member.register_step_pre_hook(hook(self._before_call, self._trace_call))
-        handles = before, member.register_step_post_hook(hook(self._after_call))
-        self._pre_hooks.add(before.id)
-        self._handles += handles
-        self._hooks_of[member] = handles
+        self._hooked.add(optimizer)
 
     def on_any_step(self, optimizer: Optimizer) -> None:
         """Follow an optimizer that has replaced the others of the model, or whose hooks the user has cleared."""
         if self._quiet.on:
-            if not self._has_hooks(optimizer):
+            if not self._hooked.has_hooks(optimizer):
                 self._quiet.end()  # the next step of this optimizer comes after forwards that are seen
-            return
-        if not self.closed and not self._compiled_step and not self._stepped and self.taps.num_forwards:
-            self.breaker.run(self._follow_optimizer, optimizer)
+        elif not self.closed and not self._compiled_step and not self._stepped and self.taps.num_forwards:
+            self.breaker.run(self._take_over, optimizer)
 
-    def _follow_optimizer(self, optimizer: Optimizer) -> None:
-        model, hooks = self._model(), self._hooks_of.get(optimizer)
-        if model is None or next(stepping_optimizers(), optimizer) is not optimizer:
-            return
-        if hooks is not None:
-            if self._has_hooks(optimizer):
-                return
-            self._hook(optimizer)
+    def _take_over(self, optimizer: Optimizer) -> None:
+        if what := self._hooked.take_over(optimizer):
             for other in self._beside:
-                other._hook(optimizer)
-        elif parameter_ids(optimizer).isdisjoint(map(id, model.parameters())):
-            return
-        else:
-            self.add_optimizer(optimizer)
-        what = "the hooks of the optimizer are gone" if hooks else "another optimizer updates the model"
-        text = f"{what}: follows {type(optimizer).__name__} from its next step on"
-        log_for_job(logger, text, level=logging.INFO)
-
-    def _has_hooks(self, optimizer: Optimizer) -> bool:
-        handles = self._hooks_of.get(optimizer)
-        return handles is not None and (
-            handles[0].id in optimizer._optimizer_step_pre_hooks
-            and handles[1].id in optimizer._optimizer_step_post_hooks
-        )
-
-    def _find_wrappers(self) -> None:
-        """Replace the optimizers that wrap others. In their constructors, which add them, they do not hold these."""
-        members = list(self.optimizers)
-        for each in members:
-            self.add_optimizer(each)
-        self._wrappers |= set(map(id, members)) - set(map(id, self.optimizers))
-        self._new_optimizers = False
+                other._hooked.take_over(optimizer)
+            text = f"{what}: follows {type(optimizer).__name__} from its next step on"
+            log_for_job(logger, text, level=logging.INFO)
 
     @property
     def present(self) -> bool:
@@ -289,8 +244,7 @@ class AgentRuntime:
         # torch iterates over the hooks of an optimizer that steps. Those stay, without an effect.
         # A change of the hooks of a compiled step would cause a new compilation.
         if next(stepping_optimizers(), None) is None and not self._compiled_step:
-            for handle in self._handles:
-                handle.remove()
+            self._hooked.remove()
         if (kept := self._roles.kept) is not None and not reason:
             kept.clear()
         self.taps.remove()
@@ -504,13 +458,13 @@ class AgentRuntime:
         if begins:
             if clock.open:
                 self._end_step()
-            if self._new_optimizers:
-                self._find_wrappers()
+            if self._hooked.changed:
+                self._hooked.find_wrappers()
             clock.begin_step(self.optimizers)
             self.breaker.run(self._before_step, update)
             self._unkept = True
         clock.begin(optimizer)
-        if id(optimizer) in self._wrappers:
+        if self._hooked.is_wrapper(optimizer):
             return None  # the optimizers that it holds are scaled
         if self._scalars.active:
             self._scalars.before_call(optimizer, args, kwargs)
@@ -523,14 +477,8 @@ class AgentRuntime:
         self._unkept = False
         if update.args is args and update.kwargs is kwargs:
             return None
-        self._replaced[id(optimizer)] = update.args[0]
+        self._hooked.give(optimizer, update.args[0])
         return update.args, update.kwargs
-
-    def _call_last(self, optimizer: Optimizer) -> None:
-        """Call the step pre-hook after all others. One of those has replaced the arguments of the step."""
-        hooks: OrderedDict[int, Any] = optimizer._optimizer_step_pre_hooks  # type: ignore[assignment]
-        for key in self._pre_hooks & hooks.keys():
-            hooks.move_to_end(key)
 
     def _after_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._quiet.on:
@@ -538,8 +486,7 @@ class AgentRuntime:
             return
         if self.closed or is_nested(optimizer):
             return
-        if self._replaced and self._replaced.pop(id(optimizer), args[0]) is not args[0]:
-            self._call_last(optimizer)
+        self._hooked.take_back(optimizer, args[0])
         for revert in self._lasting[1]:
             revert()
         if self._scalars.active:
@@ -556,10 +503,8 @@ class AgentRuntime:
         state, taps = self.lifecycle.state, self.taps
         # With several ranks, one that does not step takes part in the exchanges at its forwards.
         alone = isinstance(state, Watching) and state.rank.world.size == 1
-        if alone and taps.is_free and not self._compiled_step and not self._new_optimizers:
-            only = list(self.optimizers) == [optimizer] and id(optimizer) not in self._wrappers
-            if only and not may_be_nested(optimizer):
-                self._quiet.begin(optimizer, state.next_work(self.stats.step))
+        if alone and taps.is_free and not self._compiled_step and self._hooked.is_only(optimizer):
+            self._quiet.begin(optimizer, state.next_work(self.stats.step))
 
     def _end_step(self) -> None:
         self._clock.end_step()
