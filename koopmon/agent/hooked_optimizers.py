@@ -102,7 +102,7 @@ class HookedOptimizers:
         self._given[id(optimizer)] = view
 
     def take_back(self, optimizer: Optimizer, given: Any) -> None:
-        """Note the end of a step that had `given`. If another hook has replaced the view, it comes first from now on."""
+        """Note the end of a step that had `given`. A hook that has replaced the view comes first from now on."""
         if self._given and self._given.pop(id(optimizer), given) is not given:
             hooks: OrderedDict[int, Any] = optimizer._optimizer_step_pre_hooks  # type: ignore[assignment]
             for key in self._keys & hooks.keys():
