@@ -73,6 +73,7 @@ NEVER_FOR_ONE_RUN = {
     (RunController, "stand_down"),
     (PendingCommands, "abandon"),
     (Metrics, "value"),
+    (Metrics, "gauges"),
 }
 """Methods that this script does not call, or only without a run."""
 
