@@ -186,6 +186,8 @@ class Job:
             command = [sys.executable, *guard, str(self._config), "--", *command]
         koopmon = {"KOOPMON_ENDPOINT": self.endpoint, "KOOPMON_RUN": self.run, "KOOPMON_CONFIG": str(self._config)}
         ours = environment(self._clock, **(koopmon if self._guarded == "attach" else {}))
+        # Scenes run at one time under one name. Their files of settings in force must not meet.
+        ours["XDG_STATE_HOME"] = f"{self.out}.state"
         if self._paths:
             ours["PYTHONPATH"] = os.pathsep.join([ours["PYTHONPATH"], self._paths])
         with Path(f"{self.out}.{launch}.err").open("wb") as errors:
