@@ -5,18 +5,18 @@ accelerator, are not touched. A background thread forms it once every rank has r
 agree, over the group itself, on the time of the first exchange. Any failure ends the generation: control is off, and
 the values in force stay. The next generation forms once all ranks have registered again.
 
-Ranks may have different counts of steps: one attached later, skips a step by itself or accumulates longer. Where every
-step contains collectives of the training, their count is the common time. A rank that does not step then takes part at
-its next forward. Its next collective, and with it every rank, would otherwise wait for the exchange.
+Ranks may have different counts of steps: one attached later, skips a step by itself or accumulates longer. They wait
+for each other in an exchange until its time-out. From the next generation on, where every step contains collectives of
+the training, their count is the common time. A rank that does not step then takes part at its next forward.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -53,7 +53,9 @@ FIRST_PAUSE_SECONDS = 1.0
 """First pause before a group is formed again. It doubles with each failure, up to LAST_PAUSE_SECONDS."""
 LAST_PAUSE_SECONDS = 60.0
 NUM_PACES = 3
-"""Steps in a row that must contain collectives for their count to be the common time."""
+"""Steps that must contain collectives for their count to be the common time."""
+COUNTED_FROM = 1
+"""The first generation in which collectives may be the common time."""
 HEALTHY_SECONDS = 120.0
 """Time without a failure that resets the pause."""
 
@@ -90,8 +92,9 @@ class RankGroup:
         self.steps_may_differ = False
         """True if the count of collectives is the common time. Each rank then follows rank 0's count of steps."""
         self._collectives = collectives
-        self._paces: deque[int] = deque(maxlen=NUM_PACES)
-        """Collectives in each of the last steps."""
+        self._num_paces = 0
+        self._least_pace = sys.maxsize
+        """Least number of collectives in one of `_num_paces` steps."""
         self._last_count: int | None = None
         self._share = share
         self._world = world
@@ -137,7 +140,8 @@ class RankGroup:
         if self._collectives is not None:
             count = self._collectives()
             if self._last_count is not None:
-                self._paces.append(count - self._last_count)
+                self._num_paces += 1
+                self._least_pace = min(self._least_pace, count - self._last_count)
             self._last_count = count
         return self._is_time(step)
 
@@ -280,7 +284,7 @@ class RankGroup:
 
     def _agree(self, group: Any, generation: int) -> None:
         """Agree with all ranks on the time of the first exchange, ahead of every rank's current one."""
-        self.steps_may_differ = self._all_count_collectives(group)
+        self.steps_may_differ = generation >= COUNTED_FROM and self._all_count_collectives(group)
         if self._closed.is_set():
             return
         margin = START_STEPS
@@ -314,9 +318,8 @@ class RankGroup:
 
     @property
     def _pace(self) -> int:
-        """Least number of collectives in the last steps; -1 before these."""
-        paces = tuple(self._paces)
-        return min(paces) if len(paces) == NUM_PACES else -1
+        """Least number of collectives in a step so far; -1 before enough steps."""
+        return self._least_pace if self._num_paces >= NUM_PACES else -1
 
 
 def _differ_within(group: Any, share: ReplicaFingerprint, size: int) -> bool:

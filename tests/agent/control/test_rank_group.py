@@ -110,6 +110,12 @@ class Collectives:
         return self.count
 
 
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let collectives be the common time from the first generation on, as after a failure."""
+    monkeypatch.setattr(rank_group, "COUNTED_FROM", 0)
+
+
 def stepped(ranks: list[RankGroup], counter: Collectives, pace: int) -> None:
     """Take the steps that show each rank if its steps contain collectives."""
     for _ in range(NUM_PACES + 1):
@@ -118,6 +124,7 @@ def stepped(ranks: list[RankGroup], counter: Collectives, pace: int) -> None:
             assert not each.is_due(0)
 
 
+@pytest.mark.usefixtures("counted")
 def test_ranks_with_different_counts_of_steps_meet_at_one_count_of_collectives(groups: Make) -> None:
     counter = Collectives()
     ranks = groups(3, steps=(4, 40, 7), collectives=(counter,) * 3, wait=False)
@@ -145,6 +152,7 @@ def test_ranks_with_different_counts_of_steps_meet_at_one_count_of_collectives(g
     assert all(each.receive() is not None for each in ranks)
 
 
+@pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize("paces", [(2, 0), (0, 0)])
 def test_steps_are_the_time_of_a_training_whose_steps_contain_no_collectives(
     groups: Make, paces: tuple[int, int]
@@ -160,6 +168,7 @@ def test_steps_are_the_time_of_a_training_whose_steps_contain_no_collectives(
     assert not any(each.is_overdue(first) for each in ranks)
 
 
+@pytest.mark.usefixtures("counted")
 def test_steps_are_the_time_if_one_rank_cannot_count_collectives(groups: Make) -> None:
     counter = Collectives()
     ranks = groups(collectives=(counter, None), wait=False)
@@ -168,6 +177,7 @@ def test_steps_are_the_time_if_one_rank_cannot_count_collectives(groups: Make) -
     assert not any(each.steps_may_differ for each in ranks)
 
 
+@pytest.mark.usefixtures("counted")
 def test_no_exchange_is_agreed_before_each_rank_has_taken_some_steps(groups: Make) -> None:
     counter = Collectives()
     ranks = groups(collectives=(counter, counter), wait=False)
@@ -176,6 +186,18 @@ def test_no_exchange_is_agreed_before_each_rank_has_taken_some_steps(groups: Mak
     assert not any(each.ready for each in ranks)
     stepped(ranks[1:], counter, 3)
     until(lambda: all(each.ready for each in ranks))
+
+
+def test_collectives_are_the_time_after_a_failure_alone(groups: Make) -> None:
+    counter = Collectives()
+    ranks = groups(collectives=(counter, counter), wait=False)
+    until(lambda: all(each.ready for each in ranks))
+    assert not any(each.steps_may_differ for each in ranks)
+    for each in ranks:
+        each.fail("a test")
+    stepped(ranks, counter, 3)
+    until(lambda: all(each.ready for each in ranks))
+    assert all(each.steps_may_differ for each in ranks)
 
 
 class Running:
