@@ -75,6 +75,13 @@ def test_no_snapshot_is_due_before_the_next_one_that_is_told(
         assert next_due > step
 
 
+def test_a_change_of_the_interval_counts_from_its_own_step_on() -> None:
+    cadence = schedule(CadenceConfig(warmup_steps=5, dense_every=1, calm_every=10), AgentStats())
+    assert list(cadence.plan(4, 4, CALM)) == [4]
+    assert cadence.next_due(3, CALM) == 5, "the interval of step 5 may be another one"
+    assert cadence.next_due(4, CALM) == 14
+
+
 def test_what_cannot_be_afforded_is_skipped_counted_and_not_made_up_for() -> None:
     stats, budget = AgentStats(), OverheadBudget(CONFIG)
     cadence = SnapshotSchedule(CONFIG, budget, stats)
