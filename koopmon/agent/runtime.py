@@ -183,7 +183,8 @@ class AgentRuntime:
         """Follow an optimizer that has replaced the others of the model, or whose hooks the user has cleared."""
         if self._quiet.on:
             if not self._hooked.has_hooks(optimizer):
-                self._quiet.end()  # the next step of this optimizer comes after forwards that are seen
+                for each in (self, *self._beside):  # the next step of this optimizer comes after forwards that are seen
+                    each._quiet.end()
         elif not self.closed and not self._compiled_step and not self._stepped and self.taps.num_forwards:
             self.breaker.run(self._take_over, optimizer)
 

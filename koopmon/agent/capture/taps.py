@@ -43,13 +43,13 @@ from koopmon.state_position import SUM, argument_tensors, block_input, block_out
 from koopmon.wire.messages import TrainingStep
 
 MAX_MISSED = 3
+"""Consecutive snapshots missed by the taps before one warning."""
 MAX_RESTED = 16
 """Forwards without a step after which the forwards are followed again."""
-"""Consecutive snapshots missed by the taps before one warning."""
 MAX_CHANGES = 16
 """Changes of the blocks that are followed."""
-MAX_IN_VAIN = 3
-"""Consecutive ones after which no forward has shown a chain, as in a model that makes new blocks in each step."""
+MAX_UNVERIFIED = 3
+"""Consecutive changes without a verified chain between them, as of a model that makes new blocks in each step."""
 
 
 class ResidualTaps:
@@ -100,7 +100,7 @@ class ResidualTaps:
         self._injections: Sequence[Injection] = ()
         """Changes to the stream in this step."""
         self._num_missed = 0
-        self._num_changes = self._num_in_vain = 0
+        self._num_changes = self._num_unverified = 0
         self._was_restored = False
         """True if hooks were put back that others had removed."""
         self._always_hooked = False
@@ -169,7 +169,7 @@ class ResidualTaps:
         model = self._model()
         if model is None or self._find_again is None:
             return False
-        if self._num_changes == MAX_CHANGES or self._num_in_vain == MAX_IN_VAIN:
+        if self._num_changes == MAX_CHANGES or self._num_unverified == MAX_UNVERIFIED:
             return False
         if not self._structure.has_changed(model):
             return False
@@ -190,10 +190,10 @@ class ResidualTaps:
                 logger, f"{changed}, in a compiled graph, and it watches those that it knows; attach afterwards"
             )
             return False
-        if not self._num_in_vain:
+        if not self._num_unverified:
             log_for_job(logger, f"{changed}: looks for the stack again")
         self._num_changes += 1
-        self._num_in_vain += 1
+        self._num_unverified += 1
         self._phase, self._capture.due = ForwardPhase.IDLE, None
         self._capture.abandon()
         for name in self._hooks:
@@ -486,7 +486,7 @@ class ResidualTaps:
 
     def _keep(self, model: nn.Module, kept: Stack, trained: Collection[int]) -> None:
         verifier, self.stack = self._search.verifier, kept
-        self._num_in_vain = 0
+        self._num_unverified = 0
         self.beside, self.later = verifier.beside, verifier.later
         self.width = verifier.width(kept)
         self._in_gradients, self._capture.interleaved = verifier.in_gradients(kept), verifier.is_interleaved(kept)

@@ -141,7 +141,8 @@ class RankGroup:
             count = self._collectives()
             if self._last_count is not None:
                 self._num_paces += 1
-                self._least_pace = min(self._least_pace, count - self._last_count)
+                # A default group that was made again counts from 0.
+                self._least_pace = min(self._least_pace, max(0, count - self._last_count))
             self._last_count = count
         return self._is_time(step)
 

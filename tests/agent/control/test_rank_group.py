@@ -200,6 +200,18 @@ def test_collectives_are_the_time_after_a_failure_alone(groups: Make) -> None:
     assert all(each.steps_may_differ for each in ranks)
 
 
+@pytest.mark.usefixtures("counted")
+def test_a_default_group_that_was_made_again_leaves_the_steps_as_the_time(groups: Make) -> None:
+    counter = Collectives()
+    ranks = groups(collectives=(counter, counter), wait=False)
+    counter.count = 100
+    stepped(ranks, counter, 3)
+    counter.count = -3
+    stepped(ranks, counter, 3)
+    until(lambda: all(each.ready for each in ranks))
+    assert not any(each.steps_may_differ for each in ranks)
+
+
 class Running:
     """Counters of a rank whose step goes on between two reads."""
 
