@@ -1,8 +1,8 @@
 """Reports the runs to Kubeflow Trainer, which shows them as `status.trainerStatus` of the TrainJob.
 
 Kubeflow Trainer 2.2 and later, with the feature gate TrainJobStatus, gives each pod of a TrainJob an address, a token
-and a certificate (KEP-2779). One report replaces the one before. A thread of its own sends them, so that no state of
-the cluster reaches the monitor.
+and a certificate (KEP-2779). One report replaces the one before. A thread of its own sends them: a slow or
+broken cluster does not delay the monitor.
 """
 
 from __future__ import annotations
