@@ -89,7 +89,7 @@ def run(case: Case, folder: Path, *, processes: int = 2) -> Result:
         command += ["--norm"] if case.norm else []
         if case.guarded:
             store = folder / f"{case.name}.sqlite3"
-            guard = [sys.executable, "-m", "koopmon", "run", "--wait", "--summary", str(summary), "--store", str(store)]
+            guard = [sys.executable, "-m", "koopmon", "run", "--summary", str(summary), "--store", str(store)]
             guard += ["--policy", case.policy] if case.policy else []
             command = [*guard, "--", *command]
         done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_SECONDS, check=False, cwd=ROOT)

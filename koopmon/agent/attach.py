@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from koopmon import config as configuration
+from koopmon.agent.comms.monitor_start import wait_for_monitor
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.handle import Agent
 from koopmon.agent.parallelism import refusal
@@ -114,6 +115,8 @@ def _make_runtime(
     if why := refusal(model):
         raise _NotAttachedError(why)
     adapter, stack = settings.model.adapter, settings.model.stack
+    if endpoint is None:
+        wait_for_monitor()
     by_name = config is not None and (adapter is not None or stack is not None)
     try:
         selection = _checked(by_name, lambda: select(model, adapter, stack))

@@ -30,6 +30,8 @@ class HookedOptimizers:
         self._before = before
         self._after = after
         self._handles: weakref.WeakKeyDictionary[Optimizer, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+        self._num_foreign_groups: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        """The number of groups of each optimizer that updates other models only."""
         self._keys: set[int] = set()
         """The keys of `before` among the pre-hooks of the optimizers."""
         self._wrappers: set[int] = set()
@@ -80,6 +82,17 @@ class HookedOptimizers:
             handles[0].id in optimizer._optimizer_step_pre_hooks
             and handles[1].id in optimizer._optimizer_step_post_hooks
         )
+
+    def is_foreign(self, optimizer: Optimizer) -> bool:
+        """Return True if `optimizer` updates other models only."""
+        num_groups = len(optimizer.param_groups)
+        if self._num_foreign_groups.get(optimizer) == num_groups:
+            return True
+        model = self._model()
+        foreign = model is None or parameter_ids(optimizer).isdisjoint(map(id, model.parameters()))
+        if foreign:
+            self._num_foreign_groups[optimizer] = num_groups
+        return foreign
 
     def take_over(self, optimizer: Optimizer) -> str:
         """Follow `optimizer`, which has stepped, if it updates the model and is not followed, or has lost its hooks.

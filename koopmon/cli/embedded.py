@@ -59,8 +59,10 @@ class EmbeddedMonitor:
                 self.log = self._directory / "log"
         self._said = ""
         self.endpoint = f"ipc://{self._directory / 'control'}"
+        self.ready_file = self._directory / "ready"
+        """It appears when the monitor serves, or has failed to start."""
         sockets = ["--bind", self.endpoint, "--bind-data", f"ipc://{self._directory / 'data'}"]
-        files = ["--store", str(store), "--ready-file", str(self._directory / "ready")]
+        files = ["--store", str(store), "--ready-file", str(self.ready_file)]
         # The accelerators belong to the job.
         words = ["monitor", *sockets, *files, "--device", "cpu", "--with-parent", *options]
         try:
@@ -90,15 +92,20 @@ class EmbeddedMonitor:
         Raises MonitorNotReadyError when it died instead, or took longer than READY_SECONDS, which ends it.
         """
         with contextlib.suppress(OSError, ValueError):
-            addresses = json.loads((self._directory / "ready").read_text(encoding="utf-8"))
+            addresses = json.loads(self.ready_file.read_text(encoding="utf-8"))
             self.page = f"{addresses['scheme']}://{addresses['http']}/"
             self._announcement = announce(self.run, self.page, self.store)
             return True
+        failure = ""
         if (status := self._process.poll()) is not None:
-            raise MonitorNotReadyError(self._last_words() or f"it ended with status {status}")
-        if time.monotonic() > self._deadline:
+            failure = self._last_words() or f"it ended with status {status}"
+        elif time.monotonic() > self._deadline:
             self._process.kill()
-            raise MonitorNotReadyError(f"not ready after {READY_SECONDS:.0f} s; its log is {self.log}")
+            failure = f"not ready after {READY_SECONDS:.0f} s; its log is {self.log}"
+        if failure:
+            with contextlib.suppress(OSError):
+                self.ready_file.touch()
+            raise MonitorNotReadyError(failure)
         return False
 
     @property

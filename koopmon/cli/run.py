@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from koopmon.agent.comms.monitor_start import VARIABLE as READY_FILE
 from koopmon.cli.console import say, set_verbosity, warn
 from koopmon.cli.embedded import POLL_SECONDS, EmbeddedMonitor, MonitorNotReadyError
 from koopmon.cli.ended_settings import run_with_settings
@@ -79,8 +80,11 @@ def run(
         typer.Option("--allow-stop", help="End the job, with status 70, if its training is ruined ([policy] stop)."),
     ] = False,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Start the job when its own monitor serves, or has failed to start.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--wait/--no-wait", help="Let the training begin when its own monitor serves, or has failed to start."
+        ),
+    ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print faults only.")] = False,
 ) -> int:
     """Guard an unchanged training job, on one node with a monitor of its own.
@@ -88,9 +92,9 @@ def run(
     koopmon does not touch the job's output. It forwards signals, and returns the job's exit status (128 + n after
     signal n). With `--allow-stop` it sends SIGTERM to a job that ignores the monitor's request to stop.
 
-    The job starts at once, and its monitor beside it; `--wait` is for jobs of less than a minute. If the monitor does
-    not start, one line says so, and the job runs unguarded. A mistake on this command line is refused before the job
-    starts.
+    The job starts at once, and its monitor beside it. The training waits for it where it makes its first optimizer, at
+    most a minute; with `--no-wait` its first steps may be unguarded. If the monitor does not start, one line says so,
+    and the job runs unguarded. A mistake on this command line is refused before the job starts.
     """
     if not hasattr(signal, "sigwaitinfo"):
         raise KoopmonError("koopmon needs Linux")
@@ -110,7 +114,7 @@ def run(
         _refuse(
             {"--allow-stop": allow_stop or None}, "needs the job's own monitor; give [policy] stop to the other one"
         )
-        _refuse({"--wait": wait or None}, "needs the job's own monitor")
+        _refuse({"--no-wait": None if wait else True}, "needs the job's own monitor")
         _refuse({"--summary": summary}, "with --monitor the monitor has the history: use `koopmon report`")
         return run_with_shared_monitor(
             command,
@@ -208,13 +212,11 @@ def _run_with_own_monitor(
         except MonitorNotReadyError as error:
             _say_unguarded(error)
             return run_job(command, os.environ, mask), None
-        order = "its monitor starts, then the job" if wait else "the job starts, and its monitor beside it"
-        say(f"run {name}: {order}")
+        say(f"run {name}: the job starts, and its monitor beside it")
         watch = _Watch(embedded, name, job_stop, mode)
+        if wait:
+            for_agents = {**for_agents, READY_FILE: str(embedded.ready_file)}
         try:
-            while wait and not (embedded.page or watch.failed or signal.sigpending() - {signal.SIGCHLD}):
-                watch()
-                time.sleep(POLL_SECONDS)
             job = guarded(embedded.endpoint, for_agents)
             must_end = job_stop or (lambda: False)
             status = run_with_settings(

@@ -143,7 +143,7 @@ def run_training(
     run, command = f"demo-{name}", setting.command(log)
     if policy is not None:
         places = ["--run", run, "--store", str(store), "--summary", str(result)]
-        command = [sys.executable, "-m", "koopmon", "run", "--wait", "--policy", policy, *places, "--", *command]
+        command = [sys.executable, "-m", "koopmon", "run", "--policy", policy, *places, "--", *command]
     # koopmon's variables would affect the runs.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("KOOPMON_")}
     environ["OMP_NUM_THREADS"] = "1"

@@ -153,6 +153,22 @@ def test_kss_is_refused_inside_a_graph(num_steps: int, monitor: ScriptedMonitor,
     assert (ack.outcome, "inside a compiled graph" in ack.detail) == ("refused", True)
 
 
+def test_kss_in_force_ends_with_a_line_when_the_model_is_compiled(
+    monitor: ScriptedMonitor, agents: Attach, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build()
+    optimizer = optimizer_of(model)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP)
+    monitor.wait(lambda: train_step(model, optimizer, 0) and agent.status()["sent"])
+    command = monitor.command("set_kss", kss=KssSettings(alpha=0.1))
+    monitor.wait(lambda: train_step(model, optimizer, 1) and monitor.acked(command))
+    assert monitor.ack(command).outcome == "applied"
+    called = compiled(model)
+    monitor.wait(lambda: train_step(called, optimizer, 2) and "no longer in force" in caplog.text)
+    train_step(called, optimizer, 3)
+    assert agent._runtime.lifecycle.applied().kss.alpha == 0.0
+
+
 def test_a_back_off_acts_on_a_compiled_model(monitor: ScriptedMonitor, agents: Attach) -> None:
     model = build()
     called, optimizer = compiled(model), optimizer_of(model)

@@ -131,6 +131,21 @@ def test_snapshots_losses_and_counts_are_those_of_every_step(
     assert 0.0 < stats.step_seconds < stats.elapsed_seconds
 
 
+def test_steps_of_other_models_leave_the_quiet_steps_alone(watched: tuple[nn.Module, Any, Any]) -> None:
+    model, optimizer, agent = watched
+    other = build()
+    beside = torch.optim.AdamW(other.parameters(), lr=0.01)
+    until_quiet(model, optimizer, agent)
+    train_step(other, beside, 0)
+    assert is_quiet(agent)
+    beside.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    train_step(other, beside, 0)
+    assert is_quiet(agent)
+    beside.add_param_group({"params": [model.head.weight]})
+    train_step(other, beside, 0)
+    assert not is_quiet(agent), "it updates the model too"
+
+
 def test_a_command_acts_in_the_step_after_its_arrival(
     watched: tuple[nn.Module, Any, Any], monitor: ScriptedMonitor
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from koopmon.agent.comms.monitor_start import MAX_SECONDS
 from koopmon.history.database import take_lock
 
 pytestmark = pytest.mark.process
@@ -37,6 +38,25 @@ print(json.dumps({
     "session": os.getsid(told["pid"]) != os.getsid(0), "run": os.environ["KOOPMON_RUN"], "http": told["http"],
     "early": early,
 }), flush=True)
+"""
+
+# Makes an optimizer, and prints what it found then.
+TRAIN = """
+import json, os, time, torch
+file = os.environ.get("KOOPMON_READY_FILE", "")
+model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))
+if os.environ.get("SAY"):
+    print("begins", flush=True)
+began = time.monotonic()
+torch.optim.SGD(model.parameters(), 0.1)
+print(json.dumps({"waits": bool(file), "ready": os.path.exists(file), "seconds": time.monotonic() - began}))
+"""
+
+# A monitor that never starts: its file is one of another directory.
+NO_MONITOR = """
+import os, tempfile
+os.environ["SAY"] = "1"
+os.environ["KOOPMON_READY_FILE"] = os.path.join(tempfile.mkdtemp(dir="."), "ready")
 """
 
 UNTIL_THE_MONITOR_IS_GONE = """
@@ -107,23 +127,26 @@ def test_a_monitor_that_cannot_start_is_one_line_and_the_job_runs(koopmon: Any, 
     assert "Traceback" not in done.stderr.decode()
 
 
-def test_a_job_can_wait_for_its_monitor(koopmon: Any) -> None:
-    done = koopmon("run", "--wait", "--", PYTHON, "-S", "-c", LOOK)
+@pytest.mark.parametrize("options", [(), ("--no-wait",)])
+def test_a_training_begins_when_its_monitor_serves(koopmon: Any, options: tuple[str, ...]) -> None:
+    done = koopmon("run", *options, "--", PYTHON, "-c", TRAIN)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["early"] is False
-    assert "its monitor starts, then the job" in done.stderr.decode()
+    seen = json.loads(done.stdout)
+    assert seen["waits"] is (not options)
+    assert seen["ready"] or options
 
 
-def test_a_job_that_waits_runs_if_its_monitor_cannot_start(koopmon: Any, tmp_path: Path) -> None:
+def test_a_training_that_waits_begins_if_its_monitor_cannot_start(koopmon: Any, tmp_path: Path) -> None:
     with take_lock(tmp_path / "taken.sqlite3"):
-        done = koopmon("run", "--wait", "--store", "taken.sqlite3", "--", "echo", "on")
-    assert (done.returncode, done.stdout) == (0, b"on\n"), done.stderr
+        done = koopmon("run", "--store", "taken.sqlite3", "--", PYTHON, "-c", TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["seconds"] < MAX_SECONDS / 2
     assert "in use by another monitor" in done.stderr.decode()
 
 
 def test_a_signal_during_the_wait_ends_the_job(koopmon: Any) -> None:
-    process = koopmon.start("run", "--wait", "--", "sleep", "60")
-    process.stderr.readline()
+    process = koopmon.start("run", "--", PYTHON, "-c", NO_MONITOR + TRAIN)
+    assert process.stdout.readline() == b"begins\n"
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
 

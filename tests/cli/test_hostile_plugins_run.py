@@ -103,7 +103,7 @@ def test_a_training_beside_every_hostile_plugin_is_guarded_and_its_own(koopmon: 
     bare = subprocess.run(words, cwd=koopmon.directory, env=koopmon.environ, capture_output=True, check=False)
     assert bare.returncode == 3, bare.stderr
     (site / "ties-1.2.dist-info" / "entry_points.txt").unlink()  # a tie has no effect if another adapter claims more
-    done = koopmon("run", "--wait", "--summary", "end.json", "--", *words, PYTHONPATH=str(site))
+    done = koopmon("run", "--summary", "end.json", "--", *words, PYTHONPATH=str(site))
     said = done.stderr.decode()
     assert done.returncode == 3, said
     assert done.stdout == bare.stdout, "losses equal in every bit, and nothing printed between them"
@@ -127,7 +127,7 @@ def test_all_ranks_go_on_and_one_of_them_says_so(koopmon: Any, tmp_path: Path) -
     for name in ("exits", "ties"):
         write(site, PLUGINS[name], name, f"{name}_plugin")
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    done = koopmon("run", "--wait", "--summary", "end.json", "--", *words, "--lr", "0.001", PYTHONPATH=str(site))
+    done = koopmon("run", "--summary", "end.json", "--", *words, "--lr", "0.001", PYTHONPATH=str(site))
     said = done.stderr.decode()
     assert done.returncode == 0, said
     assert [said.count(SAYS[name]) for name in ("exits", "ties")] == [1, 1], said

@@ -53,7 +53,7 @@ class Recorded:
     def __init__(self, directory: Path) -> None:
         self.koopmon = CommandLine(directory)
         self.directory = directory
-        done = self.koopmon("run", "--wait", "--run", "prose/1", "--", sys.executable, "-c", TRAIN)
+        done = self.koopmon("run", "--run", "prose/1", "--", sys.executable, "-c", TRAIN)
         assert done.returncode == 0, done.stderr.decode()
         self.report = self.koopmon("report", "prose/1", "--out", "seen")
         assert self.report.returncode == 0, self.report.stderr.decode()
@@ -300,7 +300,7 @@ for step in range(60):
 def test_an_unchanged_script_has_its_loss_and_gradient_norm_in_the_report(tmp_path: Path) -> None:
     (tmp_path / "plain.py").write_text(PLAIN)
     koopmon = CommandLine(tmp_path)
-    done = koopmon("run", "--wait", "--run", "plain", "--", sys.executable, "plain.py")
+    done = koopmon("run", "--run", "plain", "--", sys.executable, "plain.py")
     assert done.returncode == 0, done.stderr.decode()
     own = [tuple(map(float, line.split())) for line in done.stdout.decode().splitlines()]
     report = koopmon("report", "plain", "--json")

@@ -197,7 +197,7 @@ def test_a_job_that_cannot_be_started_is_one_line(koopmon: Any, one_line: Refuse
         (["--summary", "/nodir/x.json", "--", "true"], ["--summary /nodir/x.json", "No such file"]),
         (["--summary", "/", "--", "true"], ["--summary /", "a directory"]),
         (["--allow-stop", "--policy", "observe", "--", "true"], ["--allow-stop", "observe"]),
-        (["--monitor", "tcp://127.0.0.1:1", "--wait", "--", "true"], ["--wait", "the job's own monitor"]),
+        (["--monitor", "tcp://127.0.0.1:1", "--no-wait", "--", "true"], ["--no-wait", "the job's own monitor"]),
         (["--monitor", "tcp://127.0.0.1:1", "--allow-stop", "--", "true"], ["--allow-stop", "[policy] stop"]),
     ],
 )

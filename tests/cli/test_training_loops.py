@@ -23,7 +23,7 @@ def guarded(koopmon: Any, name: str, text: str, *options: str) -> tuple[list[str
     """Return the job's lines, the closing summary and the layers of each launch."""
     (koopmon.directory / "k.toml").write_text(text)
     options += ("--config", "k.toml", "--store", "s.sqlite3", "--summary", "s.json", "--run", "mine")
-    done = koopmon("run", "--wait", *options, "--", sys.executable, str(PROGRAM), name, TMPDIR="/tmp")
+    done = koopmon("run", *options, "--", sys.executable, str(PROGRAM), name, TMPDIR="/tmp")
     assert done.returncode == 0, done.stderr.decode()
     assert b"not attached" not in done.stderr
     with HistoryReader.open(koopmon.directory / "s.sqlite3") as known:

@@ -260,7 +260,7 @@ def test_a_job_that_is_killed_under_koopmon_run_is_lost(
     """The job prints its endpoint and ends with its standard input. Its monitor ends with it."""
     (tmp_path / "k.toml").write_text(f'[[notify.webhooks]]\nurl = "{webhook.url}"\n')
     body = "import os, sys; print(os.environ['KOOPMON_ENDPOINT'], *os.environ, flush=True); sys.stdin.read()"
-    words = [sys.executable, "-m", "koopmon", "run", "--wait", "--run", "short", "--config", "k.toml"]
+    words = [sys.executable, "-m", "koopmon", "run", "--run", "short", "--config", "k.toml"]
     environ = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state"), "KOOPMON_NOTIFY_PASSWORD": "x"}
     with subprocess.Popen(
         [*words, "--", sys.executable, "-S", "-c", body],

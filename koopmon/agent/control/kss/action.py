@@ -13,11 +13,12 @@ from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.action import ACTS, Capability, ControlAction, Injection, NextForwards, Target, Update
 from koopmon.agent.control.kss.injection import KssInjection
 from koopmon.agent.control.optimizer_set import OptimizerSet
-from koopmon.agent.control.state import ControlState
+from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.agent.parallelism import ParallelLayout
 from koopmon.agent.stats import AgentStats
 from koopmon.api import ArchitectureAdapter
 from koopmon.config import Config, KssConfig
+from koopmon.logs import log_for_job
 from koopmon.observables import shielded
 from koopmon.plugins import Selection, source
 from koopmon.wire.messages import Applied, Command, KssSettings
@@ -90,6 +91,15 @@ class KssAction(ControlAction):
 
     def facts(self) -> Mapping[str, Any]:
         return {"kss_skipped": self._injection.skipped.get() or 0.0}
+
+    def tuned(self, state: ControlState) -> ControlState:
+        """Return `state` without KSS once nothing can change the stream, as after a later compilation."""
+        part = state.actions.get(self.kind)
+        if not self._obstacle or part is None or part.ramp.target <= 0.0:
+            return state
+        log_for_job(logger, f"KSS is no longer in force: {self._obstacle}")
+        off = ActionState(ramp=Ramp(), parameters=part.parameters)
+        return state.changed(actions={**state.actions, self.kind: off})
 
     def before_forwards(self, state: ControlState, step: int, forwards: NextForwards) -> Injection | None:
         self._obstacle = forwards.obstacle

@@ -119,6 +119,18 @@ def test_it_is_refused_while_one_block_is_several_layers() -> None:
         assert kss.capability(LAYOUT).acts is (obstacle == "")
 
 
+def test_it_ends_once_nothing_can_change_the_stream(caplog: pytest.LogCaptureFixture) -> None:
+    kss, state = action(), in_force(KssSettings(alpha=0.5, tau_u=1.7))
+    assert kss.tuned(state) is state
+    kss.before_forwards(state, 5, NextForwards(3, 1, 0, obstacle="the blocks run inside a compiled graph"))
+    ended = kss.tuned(state)
+    assert ended.version == state.version + 1
+    assert kss.applied(ended, 6)["kss"] == KssSettings(alpha=0.0, tau_u=1.7)
+    assert kss.tuned(ended) is ended
+    assert kss.tuned(ControlState()) == ControlState()
+    assert caplog.messages == ["koopmon: KSS is no longer in force: the blocks run inside a compiled graph"]
+
+
 def test_the_scaler_is_looked_for_before_the_first_step_with_kss(monkeypatch: pytest.MonkeyPatch) -> None:
     kss, found = action(), []
     monkeypatch.setattr(kss._injection, "find_scaler", found.append)
