@@ -49,13 +49,16 @@ def current_context() -> RankContext | None:
     if dist.is_available() and dist.is_initialized():
         if dist.get_world_size() == 1:
             return RankContext()
-        return RankContext(dist.get_rank(), dist.get_world_size(), _own_store())
+        store = own_connection(dist.distributed_c10d._get_default_store())
+        return RankContext(dist.get_rank(), dist.get_world_size(), store)
     return None if announced()[1] > 1 else RankContext()
 
 
-def _own_store() -> Any:
-    store = dist.distributed_c10d._get_default_store()
-    # A clone is a second connection: a thread of koopmon then never holds the lock of the user's connection.
+def own_connection(store: Any) -> Any:
+    """Return another connection to `store`, if its kind has connections.
+
+    A thread of koopmon then never holds the lock of the user's connection, or of another thread.
+    """
     return store.clone() if hasattr(store, "clone") else store
 
 

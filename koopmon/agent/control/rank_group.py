@@ -12,6 +12,7 @@ the training, their count is the common time. A rank that does not step then tak
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import sys
@@ -28,7 +29,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
 from koopmon.agent.control.state import ControlUpdate
-from koopmon.agent.rank_identity import RankContext
+from koopmon.agent.rank_identity import RankContext, own_connection
 from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig
 
@@ -49,6 +50,12 @@ OPERATION_SECONDS = 60.0
 Only the training thread's own wait is shorter. A slow exchange is no failure while the ranks wait for each other in the
 backward pass.
 """
+CONNECT_SECONDS = 5.0
+"""Longest time in which all registered ranks connect to each other; more for more than 250 ranks."""
+JOIN_SECONDS = 0.2
+"""Longest wait for a background thread that does not wait in torch."""
+WAIT_POLL_SECONDS = 0.002
+"""Interval between two looks at an operation in a background thread."""
 FIRST_PAUSE_SECONDS = 1.0
 """First pause before a group is formed again. It doubles with each failure, up to LAST_PAUSE_SECONDS."""
 LAST_PAUSE_SECONDS = 60.0
@@ -59,6 +66,8 @@ COUNTED_FROM = 1
 HEALTHY_SECONDS = 120.0
 """Time without a failure that resets the pause."""
 
+_interpreter_ends = threading.Event()
+atexit.register(_interpreter_ends.set)
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(ControlUpdate)
 
@@ -73,6 +82,9 @@ class ReplicaFingerprint:
 
 class RankGroup:
     """Exchanges between ranks. The training thread calls `is_due`, `is_overdue`, `launch` and `receive`.
+
+    A background thread that returns from a wait in torch while the interpreter ends aborts the process. These threads
+    therefore wait in Python, where they end silently. The one wait in torch is bounded by CONNECT_SECONDS.
 
     `place` is the key of one training in the store (`store_prefix`). `share` is set if several ranks share one model.
     `collectives` counts the collectives of the training so far, equal on all ranks; None if it cannot be counted.
@@ -107,6 +119,8 @@ class RankGroup:
         self._failed = -HEALTHY_SECONDS
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._connecting = threading.Lock()
+        """Held while the background thread waits in torch."""
         self._threads: list[threading.Thread] = []
         self._group: Any = None
         self._work: Any = None
@@ -189,7 +203,7 @@ class RankGroup:
 
     def receive(self) -> ControlUpdate | None:
         """Return the exchange in flight, after a wait of at most the time-out; None if it failed."""
-        work, self._work = self._work, None
+        work = self._work
         try:
             work.wait(timedelta(seconds=self._timeout_seconds))
             length = int.from_bytes(self._buffer[:2].numpy().tobytes(), "little")
@@ -197,6 +211,8 @@ class RankGroup:
         except (RuntimeError, msgspec.DecodeError) as error:
             self.fail(_reason(error))
             return None
+        finally:
+            self._work = None
         self._next = exchange.next_count if self.steps_may_differ else exchange.next_step
         return exchange
 
@@ -207,23 +223,28 @@ class RankGroup:
         tensor = torch.tensor([value], dtype=torch.int64)
         options: Any = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MIN
+        work = None
         try:
             # No local variable may hold the group: see _drop.
-            self._group.allreduce([tensor], options).wait(timedelta(seconds=self._timeout_seconds))
+            work = self._group.allreduce([tensor], options)
+            work.wait(timedelta(seconds=self._timeout_seconds))
         except RuntimeError as error:
-            self.fail(_reason(error))
+            self.fail(_reason(error), work)
             return False
         return bool(tensor)
 
-    def fail(self, reason: str) -> None:
-        """Turn control off and drop the group. A new one forms once all ranks have registered."""
+    def fail(self, reason: str, work: Any = None) -> None:
+        """Turn control off and drop the group. A new one forms once all ranks have registered.
+
+        `work` is an operation that failed in another way than an exchange.
+        """
         with self._lock:
             if self._closed.is_set():
                 return
             now = time.monotonic()
             self._streak = self._streak + 1 if now - self._failed < HEALTHY_SECONDS else 1
             self._failed = now
-            self._drop()
+            self._drop(work)
             self._generation += 1
             pause = min(FIRST_PAUSE_SECONDS * 2.0 ** (self._streak - 1), LAST_PAUSE_SECONDS)
             self._start(self._form, self._generation, pause)
@@ -236,26 +257,28 @@ class RankGroup:
         )
 
     def close(self, *, wait: bool = False) -> None:
-        """Close the group for good. Idempotent. `wait` joins the threads, as the interpreter's end requires.
-
-        The background threads end within the time-out, and must not outlive the interpreter.
-        """
+        """Close the group for good. Idempotent. `wait` returns when no background thread waits in torch."""
         with self._lock:
             if not self._closed.is_set():
                 self._closed.set()
                 self._drop()
-        if wait:
+        if wait and self._connecting.acquire(timeout=self._connect_seconds + 1.0):
+            self._connecting.release()
             for thread in self._threads:
-                thread.join(self._timeout_seconds + 1.0)
+                thread.join(JOIN_SECONDS)
 
-    def _drop(self) -> None:
-        held = [self._group, self._work]
+    @property
+    def _connect_seconds(self) -> float:
+        return max(CONNECT_SECONDS, 0.02 * self._world.size)
+
+    def _drop(self, work: Any = None) -> None:
+        held = [self._group, self._work, work]
         self._group = self._work = self._next = None
         self._agreed.clear()
         self._buffer = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)  # an operation may still write to the old one
         if held[0] is not None:
             # The thread that drops the last reference to a group waits for its operations: use another thread.
-            self._start(held.clear)
+            self._start(self._release, held)
 
     def _start(self, target: Any, *args: Any) -> None:
         self._threads = [thread for thread in self._threads if thread.is_alive()]
@@ -265,23 +288,50 @@ class RankGroup:
 
     # Called in the background thread.
 
+    def _release(self, held: list[Any]) -> None:
+        """Drop a group, which is the first of `held`, once its operations have ended."""
+        for work in held[1:]:
+            if work is not None:
+                self._wait(work)
+        _end_with_interpreter()
+        held.clear()
+
+    def _wait(self, work: Any) -> None:
+        """Wait for an operation, whatever its outcome."""
+        while not work.is_completed():
+            _end_with_interpreter()
+            time.sleep(WAIT_POLL_SECONDS)
+
     def _form(self, generation: int, pause_seconds: float) -> None:
         self._closed.wait(pause_seconds)
         try:
-            store = PrefixStore(f"{self._prefix}/{generation}", self._world.store)
-            if not self._closed.is_set():
-                store.add("ready", 1)
+            if self._closed.is_set():
+                return
+            # A connection of its own: a wait of one thread for a key holds the connection's lock.
+            store = PrefixStore(f"{self._prefix}/{generation}", own_connection(self._world.store))
+            store.add("ready", 1)
             pause = POLL_SECONDS
-            while not self._closed.is_set() and store.add("ready", 0) < self._world.size:
+            while store.add("ready", 0) < self._world.size:
                 self._closed.wait(pause)
+                if self._closed.is_set():
+                    store.add("ready", -1)
+                    return
                 pause = min(1.02 * pause, LAST_POLL_SECONDS)
-            if not self._closed.is_set():
-                timeout = timedelta(seconds=max(OPERATION_SECONDS, self._timeout_seconds))
-                group = dist.ProcessGroupGloo(store, self._world.rank, self._world.size, timeout)
+            if (group := self._connect(store)) is not None:
                 self._agree(group, generation)
         except Exception as error:
             if generation == self._generation:
                 self.fail(f"no group of {self._world.size} ranks: {_reason(error)}")
+
+    def _connect(self, store: Any) -> Any:
+        """Return the group of all ranks; None if this one was closed. Raises RuntimeError if a rank is missing."""
+        with self._connecting:
+            if self._closed.is_set():
+                return None
+            timeout = timedelta(seconds=self._connect_seconds)
+            group = dist.ProcessGroupGloo(store, self._world.rank, self._world.size, timeout)
+        group.set_timeout(timedelta(seconds=max(OPERATION_SECONDS, self._timeout_seconds)))
+        return group
 
     def _agree(self, group: Any, generation: int) -> None:
         """Agree with all ranks on the time of the first exchange, ahead of every rank's current one."""
@@ -294,16 +344,16 @@ class RankGroup:
             ahead = margin if seconds is None else max(margin, math.ceil(START_SECONDS / max(seconds, 1e-6)))
             if self.steps_may_differ:
                 ahead *= max(1, self._pace)
-            first = _all_reduce(group, self._now(self._stats.step) + ahead, dist.ReduceOp.MAX)
+            first = self._all_reduce(group, self._now(self._stats.step) + ahead, dist.ReduceOp.MAX)
             with self._lock:
                 if self._closed.is_set() or generation != self._generation:
                     return
                 self._group, self._next = group, first
-            if _all_reduce(group, int(self._now(self._stats.step) < first), dist.ReduceOp.MIN):
+            if self._all_reduce(group, int(self._now(self._stats.step) < first), dist.ReduceOp.MIN):
                 break
             margin *= 4
         if self._share is not None:
-            self.splits_tokens = _differ_within(group, self._share, self._world.size)
+            self.splits_tokens = self._differ_within(group, self._share)
         self._agreed.set()
         unit = "collective" if self.steps_may_differ else "step"
         logger.info("koopmon: commands reach all %d ranks from %s %d on", self._world.size, unit, first)
@@ -312,10 +362,29 @@ class RankGroup:
         """Return True if the last steps of every rank contained collectives. Waits until each has taken some."""
         least = -1
         while least < 0 and not self._closed.is_set():
-            least = _all_reduce(group, 0 if self._collectives is None else self._pace, dist.ReduceOp.MIN)
+            least = self._all_reduce(group, 0 if self._collectives is None else self._pace, dist.ReduceOp.MIN)
             if least < 0:
                 self._closed.wait(POLL_SECONDS)
         return least > 0
+
+    def _differ_within(self, group: Any, share: ReplicaFingerprint) -> bool:
+        """Return True if ranks of one data rank saw different states enter their blocks. The same on all ranks."""
+        mine = torch.tensor([share.data_rank, share.fingerprint], dtype=torch.int64)
+        every = [torch.empty_like(mine) for _ in range(self._world.size)]
+        work = group.allgather([every], [mine])
+        self._wait(work)
+        work.wait()
+        told = {tuple(each.tolist()) for each in every}
+        return len(told) > len({data_rank for data_rank, _ in told})
+
+    def _all_reduce(self, group: Any, value: int, operation: Any) -> int:
+        tensor = torch.tensor([value], dtype=torch.int64)
+        options = dist.AllreduceOptions()
+        options.reduceOp = operation
+        work = group.allreduce([tensor], options)
+        self._wait(work)
+        work.wait()
+        return int(tensor)
 
     @property
     def _pace(self) -> int:
@@ -323,21 +392,10 @@ class RankGroup:
         return self._least_pace if self._num_paces >= NUM_PACES else -1
 
 
-def _differ_within(group: Any, share: ReplicaFingerprint, size: int) -> bool:
-    """Return True if ranks of one data rank saw different states enter their blocks. The same on all ranks."""
-    mine = torch.tensor([share.data_rank, share.fingerprint], dtype=torch.int64)
-    every = [torch.empty_like(mine) for _ in range(size)]
-    group.allgather([every], [mine]).wait()
-    told = {tuple(each.tolist()) for each in every}
-    return len(told) > len({data_rank for data_rank, _ in told})
-
-
-def _all_reduce(group: Any, value: int, operation: Any) -> int:
-    tensor = torch.tensor([value], dtype=torch.int64)
-    options = dist.AllreduceOptions()
-    options.reduceOp = operation
-    group.allreduce([tensor], options).wait()
-    return int(tensor)
+def _end_with_interpreter() -> None:
+    """Let this background thread do no more once the interpreter ends."""
+    while _interpreter_ends.is_set():
+        time.sleep(1.0)
 
 
 def _reason(error: BaseException) -> str:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from koopmon.agent.control import rank_group
 from koopmon.agent.control.rank_group import (
+    CONNECT_SECONDS,
     FIRST_PAUSE_SECONDS,
     HEALTHY_SECONDS,
     MESSAGE_BYTES,
@@ -402,7 +403,7 @@ def test_after_a_failure_a_rank_registers_for_the_next_generation(monkeypatch: p
     group.fail("a test")
     until(lambda: store.add("place/control/2/ready", 0) == 1)
     group.close(wait=True)
-    assert store.add("place/control/0/ready", 0) == 1
+    until(lambda: store.add("place/control/2/ready", 0) == 0)
 
 
 def test_a_group_forms_at_once_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,9 +413,8 @@ def test_a_group_forms_at_once_at_the_start(monkeypatch: pytest.MonkeyPatch) -> 
     assert started == [("_form", 0, 0.0)]
 
 
-@pytest.mark.parametrize(("wait", "limit"), [(5.0, OPERATION_SECONDS), (2 * OPERATION_SECONDS, 2 * OPERATION_SECONDS)])
-def test_a_group_that_cannot_form_is_tried_again_with_operations_longer_than_the_training_threads_wait(
-    wait: float, limit: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_group_that_cannot_form_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     limits: list[timedelta] = []
 
@@ -425,12 +425,79 @@ def test_a_group_that_cannot_form_is_tried_again_with_operations_longer_than_the
     monkeypatch.setattr(rank_group.dist, "ProcessGroupGloo", unable)
     monkeypatch.setattr(rank_group, "FIRST_PAUSE_SECONDS", 0.01)
     with caplog.at_level(logging.WARNING, "koopmon.agent"):
-        context, config = RankContext(0, 1, dist.HashStore()), ControlConfig(timeout_seconds=wait)
-        group = RankGroup(context, config, AgentStats(), "place")
+        group = RankGroup(RankContext(0, 1, dist.HashStore()), ControlConfig(), AgentStats(), "place")
         until(lambda: len(limits) > 1)
         group.close(wait=True)
-    assert set(limits) == {timedelta(seconds=limit)}
+    assert set(limits) == {timedelta(seconds=CONNECT_SECONDS)}
     assert caplog.messages[0].endswith("no group of 1 ranks: no network")
+
+
+@pytest.mark.parametrize(("size", "seconds"), [(2, CONNECT_SECONDS), (1000, 20.0)])
+def test_many_ranks_have_more_time_to_connect(size: int, seconds: float) -> None:
+    group = RankGroup(RankContext(0, size, dist.HashStore()), ControlConfig(), AgentStats(), "place")
+    assert group._connect_seconds == seconds
+    group.close(wait=True)
+
+
+@pytest.mark.parametrize(("wait", "limit"), [(5.0, OPERATION_SECONDS), (2 * OPERATION_SECONDS, 2 * OPERATION_SECONDS)])
+def test_operations_last_longer_than_the_training_threads_wait(
+    wait: float, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[timedelta] = []
+    made = SimpleNamespace(set_timeout=limits.append)
+    monkeypatch.setattr(rank_group.dist, "ProcessGroupGloo", lambda *_: made)
+    monkeypatch.setattr(RankGroup, "_agree", lambda *_: None)
+    config = ControlConfig(timeout_seconds=wait)
+    group = RankGroup(RankContext(0, 1, dist.HashStore()), config, AgentStats(), "place")
+    until(lambda: bool(limits))
+    group.close(wait=True)
+    assert limits == [timedelta(seconds=limit)]
+
+
+def test_a_rank_that_never_connects_costs_the_others_a_bounded_wait(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rank_group, "CONNECT_SECONDS", 0.3)
+    store = dist.HashStore()
+    store.add("place/control/0/ready", 1)  # it has registered, and was closed since
+    group = RankGroup(RankContext(0, 2, store), ControlConfig(), AgentStats(), "place")
+    with caplog.at_level(logging.WARNING, "koopmon.agent"):
+        until(lambda: "no group of 2 ranks" in caplog.text)
+    group.close(wait=True)
+    assert not group.ready
+
+
+def test_close_waits_while_the_ranks_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_group, "CONNECT_SECONDS", 1.0)
+    store = dist.HashStore()
+    store.add("place/control/0/ready", 1)
+    group = RankGroup(RankContext(0, 2, store), ControlConfig(), AgentStats(), "place")
+    until(group._connecting.locked)
+    group.close(wait=True)
+    assert not group._connecting.locked()
+    assert not any(thread.is_alive() for thread in group._threads)
+
+
+def test_a_rank_that_is_closed_before_the_others_register_is_not_waited_for() -> None:
+    store = dist.HashStore()
+    group = RankGroup(RankContext(0, 2, store), ControlConfig(), AgentStats(), "place")
+    until(lambda: store.add("place/control/0/ready", 0) == 1)
+    group.close(wait=True)
+    assert store.add("place/control/0/ready", 0) == 0
+
+
+def test_an_operation_without_the_other_ranks_outlives_its_group_in_python(groups: Make) -> None:
+    ranks = groups()
+    first = ranks[0]._next
+    assert first is not None
+    ranks[1].launch(None)
+    work = ranks[1]._work
+    ranks[1].close(wait=True)
+    (thread,) = (each for each in ranks[1]._threads if each.is_alive())
+    assert not work.is_completed()
+    ranks[0].launch(update(first, first + 1))
+    thread.join(10.0)
+    assert not thread.is_alive()
 
 
 def test_an_exchange_that_cannot_be_sent_turns_control_off(groups: Make) -> None:
@@ -530,7 +597,7 @@ def test_a_group_that_failed_while_it_formed_is_not_used(monkeypatch: pytest.Mon
         reduced.set()
         return 5
 
-    monkeypatch.setattr(rank_group, "_all_reduce", reduce)
+    monkeypatch.setattr(RankGroup, "_all_reduce", reduce)
     made.append(RankGroup(RankContext(0, 1, dist.HashStore()), ControlConfig(), AgentStats(), "place"))
     (thread,) = made[0]._threads
     known.set()
