@@ -32,7 +32,7 @@ MAX_BYTES = 4096
 
 
 class _Process(Struct, frozen=True, array_like=True):
-    """A process: `started` tells it from a later one of the same number. `parent` is the process that started it."""
+    """A process. A later one of the same number has another `started`. `parent` is the process that started it."""
 
     pid: int
     started: int

@@ -621,7 +621,7 @@ def in_halves(optimizer: Plain) -> None:
 LOOPS |= {
     "groups that the step copies": regroups(lambda o: setattr(o, "param_groups", [dict(g) for g in o.param_groups])),
     "groups that the step copies in place": regroups(lambda o: o.param_groups.__setitem__(0, {**o.param_groups[0]})),
-    "groups that the step makes anew": regroups(in_halves),
+    "groups that the step makes again": regroups(in_halves),
     "groups that the step loads": regroups(lambda o: o.load_state_dict(o.state_dict())),
     "a rate in the state": lambda loop: plain(loop, lambda self, group: self.state.setdefault(0, {}) or group["lr"]),
     "a rate under another key, from the group": lambda loop: plain(
