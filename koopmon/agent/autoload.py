@@ -187,12 +187,30 @@ class _Watch:
                 self.on_optimizer_created(optimizer)
 
             optimizer_class.__init__ = init
+            set_state = optimizer_class.__setstate__
+
+            @functools.wraps(set_state)
+            def setstate(optimizer: Optimizer, state: Any) -> None:
+                set_state(optimizer, state)
+                self.on_optimizer_created(optimizer, copied=True)
+
+            optimizer_class.__setstate__ = setstate
         except Exception as error:
             self._log(f"not attached: {error}")
 
-    def on_optimizer_created(self, optimizer: Optimizer) -> None:
-        """Attach to a new optimizer, or let it join the attached model."""
-        self._guarded(self._attach, optimizer)
+    def on_optimizer_created(self, optimizer: Optimizer, *, copied: bool = False) -> None:
+        """Attach to a new optimizer, or let it join the attached model.
+
+        One that is `copied`, or loaded with its model, is not complete yet. `load_state_dict` looks the same.
+        """
+        self._guarded(self._wait_for_copy if copied else self._attach, optimizer)
+
+    def _wait_for_copy(self, optimizer: Optimizer) -> None:
+        from koopmon.agent.control.scaled_view import is_view
+
+        known = optimizer in self._waiting or any(optimizer in each.optimizers for each in self._attached)
+        if not known and not is_view(optimizer):
+            self._wait_for_steps(optimizer)
 
     def _guarded(self, action: Callable[[Optimizer], None], optimizer: Optimizer) -> None:
         if not self._enabled or self._busy:

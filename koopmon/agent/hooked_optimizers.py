@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from koopmon.agent.circuit_breaker import GuardedHook
 from koopmon.agent.control.optimizer_set import OptimizerSet, parameter_ids
 from koopmon.agent.control.step_clock import may_be_nested, stepping_optimizers
 
@@ -36,8 +37,6 @@ class HookedOptimizers:
         """The keys of `before` among the pre-hooks of the optimizers."""
         self._wrappers: set[int] = set()
         """The ids of optimizers with hooks that wrap others."""
-        self._given: dict[int, Any] = {}
-        """The view that the step of each optimizer was given in place of it, in a call that has not ended."""
 
     def add(self, optimizer: Optimizer) -> None:
         """Follow one more optimizer, or those that it wraps."""
@@ -110,13 +109,13 @@ class HookedOptimizers:
         self.add(optimizer)
         return "another optimizer updates the model"
 
-    def give(self, optimizer: Optimizer, view: Any) -> None:
-        """Note that the step of `optimizer` is given `view` in place of it."""
-        self._given[id(optimizer)] = view
-
-    def take_back(self, optimizer: Optimizer, given: Any) -> None:
-        """Note the end of a step that had `given`. A hook that has replaced the view comes first from now on."""
-        if self._given and self._given.pop(id(optimizer), given) is not given:
-            hooks: OrderedDict[int, Any] = optimizer._optimizer_step_pre_hooks  # type: ignore[assignment]
-            for key in self._keys & hooks.keys():
-                hooks.move_to_end(key)
+    def come_last(self, optimizer: Optimizer) -> None:
+        """Let `before` be called after the pre-hooks of others that came later: these must not get a view."""
+        hooks: OrderedDict[int, Any] = optimizer._optimizer_step_pre_hooks  # type: ignore[assignment]
+        for key in reversed(hooks):
+            if key in self._keys:
+                return
+            if not isinstance(hooks[key], GuardedHook):
+                break
+        for key in self._keys & hooks.keys():
+            hooks.move_to_end(key)

@@ -93,12 +93,12 @@ class Notices:
             return
         seen = "1 snapshot" if stats.sent == 1 else f"{stats.sent} snapshots"
         done = "nothing was done to the training"
-        if self._num_changes:
-            times = "1 change" if self._num_changes == 1 else f"{self._num_changes} changes"
+        if self._num_changes or applied != Applied():  # an earlier launch may have left it
+            times = "1 change" if self._num_changes == 1 else f"{self._num_changes or 'no'} changes"
             done = f"{times} of the training, learning rate x {applied.lr_scale:.3g} at the end"
             done += "" if applied.max_rate is None else f", at most {applied.max_rate:.3g}"
         loss = stats.measured["loss"].get()
-        broken = stats.dropped["not_finite"] > 0 or (loss is not None and not math.isfinite(loss))
+        broken = not stats.finite or (loss is not None and not math.isfinite(loss))
         finite = "NOT FINITE at the end" if broken else "finite"
         self._tell(f"run {self._run}: {seen} in {_steps(stats.step)}; {finite}; {done}; `koopmon report {self._run}`")
 

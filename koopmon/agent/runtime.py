@@ -478,7 +478,6 @@ class AgentRuntime:
         self._unkept = False
         if update.args is args and update.kwargs is kwargs:
             return None
-        self._hooked.give(optimizer, update.args[0])
         return update.args, update.kwargs
 
     def _after_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -487,7 +486,7 @@ class AgentRuntime:
             return
         if self.closed or is_nested(optimizer):
             return
-        self._hooked.take_back(optimizer, args[0])
+        self._hooked.come_last(optimizer)
         for revert in self._lasting[1]:
             revert()
         if self._scalars.active:

@@ -146,6 +146,8 @@ class AgentStats:
         self.taps_missing = 0
         """Snapshots in which a tap did not fire."""
         self.sent = 0
+        self.finite = True
+        """False if the states of the last snapshot were not finite. Only the sender's thread writes it."""
         self.dropped: dict[DropReason, int] = dict.fromkeys(DROP_REASONS, 0)
         self.rejected: dict[str, int] = {}
         """Refused messages of the monitor, by reason. Only the sender's thread writes it."""

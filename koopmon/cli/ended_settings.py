@@ -1,12 +1,15 @@
 """The settings in force of a training that left in order although its job failed, or got a signal to end.
 
 A script may catch its exception and exit with a status, or write a checkpoint at SIGTERM and exit with 0. To the agent
-that is the end of the training, and it sets the settings aside (`koopmon/agent/control/kept_settings.py`).
+that is the end of the training, and it sets the settings aside (`koopmon/agent/control/kept_settings.py`). One that
+ends by `os._exit(0)` sets nothing aside, although it has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -29,4 +32,18 @@ def run_with_settings(directory: str | None, name: str | None, run: Callable[[se
             if ended.name.startswith(f"{file_name(name)}."):
                 with contextlib.suppress(OSError):
                     ended.replace(ended.with_suffix(".settings"))
+    elif directory is not None and name is not None:
+        for kept in Path(directory).glob("*.settings"):
+            # The status of a shell, or of a pipeline, is not that of the training.
+            if kept.name.startswith(f"{file_name(name)}.") and _writers_parent(kept) == os.getpid():
+                with contextlib.suppress(OSError):
+                    kept.unlink()
     return status
+
+
+def _writers_parent(kept: Path) -> int | None:
+    """Return the process that started the training which wrote this file; None if unknown."""
+    try:
+        return int(json.loads(kept.read_bytes())["writer"][2])
+    except (OSError, ValueError, TypeError, LookupError):
+        return None

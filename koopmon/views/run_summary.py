@@ -88,6 +88,9 @@ class RunSummary:
     """Number of applied requests to stop."""
     num_checkpoints: int = 0
     """Number of applied requests for a checkpoint."""
+    first_lr_scale: float = 1.0
+    """LR scale at the first snapshot: below 1 if an earlier launch left it in force."""
+    first_kss_alpha: float = 0.0
     broken_step: int | None = None
     """Step from which on states or loss were not finite, to the last snapshot; None if the last one was finite."""
     launch: int = 0
@@ -145,6 +148,10 @@ class RunSummary:
     def actions(self) -> list[str]:
         """Return one phrase for each kind of action."""
         acted = []
+        if self.first_lr_scale < 1.0:
+            acted.append(f"LR scale {self.first_lr_scale:.3g} in force from the start, from the launch before")
+        if self.first_kss_alpha > 0.0:
+            acted.append(f"KSS alpha {self.first_kss_alpha:.3g} in force from the start, from the launch before")
         if self.num_backoffs:
             acted.append(f"{backoffs(self.num_backoffs)}, LR scale down to {self.min_lr_scale:.3g}")
         if self.max_rate is not None:
@@ -259,6 +266,8 @@ def _summary(run: RecordedRun, store: Path) -> RunSummary:
         store=str(store),
         num_stops=applied.count("stop"),
         num_checkpoints=applied.count("checkpoint"),
+        first_lr_scale=held.lr_scale,
+        first_kss_alpha=held.kss_alpha,
         broken_step=_broken_step(run.points),
     )
 

@@ -393,6 +393,26 @@ def test_a_model_that_is_built_later_around_the_parts_is_the_root(bench: Bench) 
 
 
 @pytest.mark.process
+def test_a_model_that_is_loaded_with_its_optimizer_is_attached_at_its_first_step(bench: Bench) -> None:
+    body = """
+    import copy, pickle
+    first = nn.Linear(3, 3)
+    both = pickle.loads(pickle.dumps((first, SGD(first.parameters(), lr=0.1))))
+    del first
+    train(both[1], 2)
+    both[1].load_state_dict(both[1].state_dict())
+    copies = copy.deepcopy(both[1])
+    train(both[1], 2)
+    """
+    assert attached(bench, body) == [
+        ("attach", "Linear", "SGD"),
+        ("close", None, None),
+        ("attach", "Linear", "SGD"),
+        ("close", None, None),
+    ]
+
+
+@pytest.mark.process
 def test_parameters_that_become_a_model_before_the_first_step_are_attached(bench: Bench) -> None:
     body = """
     weight = nn.Parameter(torch.zeros(1))

@@ -8,6 +8,7 @@ import pytest
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.hooked_optimizers import HookedOptimizers
 
@@ -95,18 +96,17 @@ def test_hooks_that_the_user_clears_are_put_back(model: nn.Module, table: str) -
     assert found.has_hooks(optimizer)
 
 
-def test_a_hook_that_replaces_the_view_comes_first_from_then_on(model: nn.Module) -> None:
+def test_a_hook_that_came_later_comes_first_from_the_next_step_on(model: nn.Module) -> None:
     calls = Calls()
-    found, optimizer, view = hooked(model, calls), SGD(model.parameters(), lr=0.1), object()
+    found, optimizer = hooked(model, calls), SGD(model.parameters(), lr=0.1)
     found.add(optimizer)
+    optimizer.register_step_pre_hook(CircuitBreaker("a further agent").hook(lambda *_: calls.append("ours")))
+    found.come_last(optimizer)
+    optimizer.step()
+    assert calls[:2] == ["before", "ours"]
     optimizer.register_step_pre_hook(lambda *_: calls.append("theirs"))
-    for given, expected in (
-        (view, ["before", "theirs"]),
-        (optimizer, ["before", "theirs"]),
-        (view, ["theirs", "before"]),
-    ):
+    for expected in (["before", "ours", "theirs"], ["ours", "theirs", "before"]):
         calls.clear()
         optimizer.step()
-        assert calls[:2] == expected
-        found.give(optimizer, view)
-        found.take_back(optimizer, given)
+        assert calls[:3] == expected
+        found.come_last(optimizer)

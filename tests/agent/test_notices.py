@@ -127,8 +127,20 @@ def test_the_end_of_a_training_that_is_not_finite_says_so(broken: str, capsys: p
     if broken == "loss":
         stats.measured["loss"].put(math.nan)
     else:
-        stats.drop("not_finite")
+        stats.finite = False
     assert "1 snapshot in 1 step; NOT FINITE at the end;" in closing(capsys, made(stats=stats))
+
+
+def test_the_end_of_a_training_that_is_finite_again_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    stats = AgentStats()
+    stats.step = stats.sent = 9
+    stats.drop("not_finite")
+    assert "; finite; nothing was done" in closing(capsys, made(stats=stats))
+
+
+def test_the_end_has_what_an_earlier_launch_left_in_force(capsys: pytest.CaptureFixture[str]) -> None:
+    line = closing(capsys, made(), lr_scale=0.25)
+    assert "no changes of the training, learning rate x 0.25 at the end;" in line
 
 
 def test_the_end_of_a_training_that_was_not_seen_says_so(capsys: pytest.CaptureFixture[str]) -> None:

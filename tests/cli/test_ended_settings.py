@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,20 @@ def test_a_job_that_left_in_order_at_a_signal_hands_over_its_settings(tmp_path: 
 @pytest.mark.parametrize("signals", [(), (signal.SIGWINCH, signal.SIGCONT, signal.SIGUSR1)])
 def test_a_job_that_ended_hands_over_nothing(tmp_path: Path, signals: tuple[signal.Signals, ...]) -> None:
     assert run(tmp_path, 0, *signals) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "parent", "left"),
+    [(0, os.getpid(), False), (0, 1, True), (9, os.getpid(), True), (0, None, True)],
+)
+def test_a_training_that_leaves_by_exit_of_the_system_has_ended(
+    tmp_path: Path, status: int, parent: int | None, left: bool
+) -> None:
+    """Only if the job's process is the training's own: the status of a pipeline is that of its last program."""
+    kept = tmp_path / "mine.settings"
+    kept.write_text(json.dumps({"run": "mine", "writer": None if parent is None else [2, 3, parent]}))
+    assert run_with_settings(str(tmp_path), "mine", lambda _: status) == status
+    assert kept.exists() is left
 
 
 def test_settings_of_other_runs_stay_where_they_are(tmp_path: Path) -> None:

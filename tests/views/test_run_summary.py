@@ -98,6 +98,16 @@ def test_a_run_that_was_left_alone(tmp_path: Path) -> None:
     assert "nothing was done to the training" in writer.summary()
 
 
+def test_what_an_earlier_launch_left_in_force_is_said(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "h.sqlite3")
+    writer.store.record_hello(1.0, hello(**WHO))
+    for step in (2, 4):
+        record_observation(writer.store, 1.0, step, **WHO, lr_scale=0.35, kss_alpha=0.1)
+    text = writer.summary()
+    assert "LR scale 0.35 in force from the start, from the launch before; KSS alpha 0.1 in force" in text
+    assert "nothing was done" not in text
+
+
 def test_nobody_came(tmp_path: Path) -> None:
     assert "no training process attached" in Writer(tmp_path / "h.sqlite3").summary()
     assert summarise(tmp_path / "none.sqlite3", RUN) is None

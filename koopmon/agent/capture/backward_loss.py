@@ -80,7 +80,8 @@ class BackwardLoss:
                 self._root_handle = add_hook(sharded, self._breaker.hook(_weakly(self._on_output)))
             return
         for parameter in self._parameters:
-            node = torch.autograd.graph.get_gradient_edge(parameter).node
+            with torch.inference_mode(False):  # a loop may step in that mode
+                node = torch.autograd.graph.get_gradient_edge(parameter).node
             self._nodes.append(node)  # only a graph and this list keep it alive
             self._handles.append(node.register_prehook(self._hook))
 

@@ -211,6 +211,7 @@ class IOThread:
             reason = "incomplete"
         elif not all(all_finite(state) for state in states):
             reason = "not_finite"
+        self._stats.finite = reason != "not_finite"
         if data is None or reason is not None:
             snapshot.slot.release()
             return reason or "monitor_away"

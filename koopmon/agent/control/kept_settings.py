@@ -31,9 +31,35 @@ VARIABLE = "KOOPMON_KEPT_SETTINGS"
 MAX_BYTES = 4096
 
 
+class _Process(Struct, frozen=True, array_like=True):
+    """A process. A later one of the same number has another `started`. `parent` is the process that started it."""
+
+    pid: int
+    started: int
+    parent: int
+
+    @classmethod
+    def of(cls, pid: int) -> _Process | None:
+        """Return a living process; None if there is none, or no /proc."""
+        try:
+            # The name in parentheses may hold spaces: see proc_pid_stat(5).
+            state, *words = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+            return None if state in (b"Z", b"X") else cls(pid, int(words[18]), int(words[0]))
+        except (OSError, IndexError, ValueError):
+            return None
+
+    @property
+    def is_another(self) -> bool:
+        """True if it is alive, and not this one. Its parent may have changed."""
+        found = None if self.pid == os.getpid() else _Process.of(self.pid)
+        return found is not None and found.started == self.started
+
+
 class _Kept(Struct, frozen=True, forbid_unknown_fields=True):
     run: RunName
     applied: Applied
+    writer: _Process | None = None
+    """Rank 0 of the launch. `koopmon run` reads it too."""
 
 
 class KeptSettings:
@@ -49,6 +75,9 @@ class KeptSettings:
         self._written = Applied()
         """The content of the file; the default if there is no file."""
         self._used = False
+        self._is_anothers = False
+        """True if the file belongs to another training of this name, which goes on."""
+        self._error = id(getattr(sys, "last_value", None))
 
     @property
     def in_force(self) -> bool:
@@ -60,6 +89,15 @@ class KeptSettings:
         if self._rank == 0:
             with contextlib.suppress(OSError):
                 self._ended.unlink(missing_ok=True)
+        kept = self._content()
+        if kept is None or kept.run != self._run:
+            return None
+        if self._leaves(kept):
+            return None
+        self._written = kept.applied
+        return kept.applied
+
+    def _content(self, *, silent: bool = False) -> _Kept | None:
         try:
             with open(os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
                 flaw = why_not_private(self._path, os.fstat(file.fileno()))
@@ -68,18 +106,29 @@ class KeptSettings:
             return None
         except (OSError, msgspec.DecodeError) as error:
             flaw, kept = str(error), None
-        if kept is None:
+        if kept is None and not silent:
             self._warn(f"{self._path} is ignored: {one_line(flaw)}")
-            return None
-        if kept.run != self._run:
-            return None
-        self._written = kept.applied
-        return kept.applied
+        return kept
+
+    def _leaves(self, kept: _Kept) -> bool:
+        """Return True, with one line, if the file belongs to another training of this name, which goes on."""
+        writer = kept.writer
+        # Rank 0 of the same job has the same parent.
+        if writer is None or not writer.is_another or (self._rank != 0 and writer.parent == os.getppid()):
+            return False
+        self._is_anothers = True
+        self._warn(
+            f"another training of run {self._run} goes on in process {writer.pid}: its settings are left to it; "
+            "give each job a run name of its own (KOOPMON_RUN)"
+        )
+        return True
 
     def keep(self, applied: Applied) -> None:
         """Write the settings in force, if they have changed. No reader sees half a file."""
         self._used = True
-        if applied == self._written or self._rank != 0 or os.getpid() != self._pid:
+        if applied == self._written or self._rank != 0 or os.getpid() != self._pid or self._is_anothers:
+            return
+        if self._written == Applied() and (kept := self._content(silent=True)) is not None and self._leaves(kept):
             return
         self._written = applied
         try:
@@ -88,15 +137,15 @@ class KeptSettings:
                 return
             beside = self._path.with_name(f"{self._path.name}.{self._pid}")
             with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
-                file.write(msgspec.json.encode(_Kept(self._run, applied)))
+                file.write(msgspec.json.encode(_Kept(self._run, applied, _Process.of(self._pid))))
             beside.replace(self._path)
         except OSError as error:
             self._warn(f"{self._path}: {error.strerror}: a restarted launch begins without the settings in force")
 
     def clear(self) -> None:
         """Set the file aside at the end of a training. A launch without a step, or that raised, leaves it."""
-        # Python sets this attribute before it reports an exception that ends the script.
-        if not self._used or getattr(sys, "last_type", None) is not None:
+        # Python sets this attribute before it reports an exception that ends the script, or a cell of a notebook.
+        if not self._used or id(getattr(sys, "last_value", None)) != self._error:
             return
         if self.in_force and self._rank == 0 and os.getpid() == self._pid:
             with contextlib.suppress(OSError):

@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from koopmon.agent.control.scaled_view import is_view
 from koopmon.agent.control.step_clock import stepping_optimizers
 
 
@@ -37,6 +38,6 @@ def prepare() -> None:
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not is_view(optimizer):
         for each in list(_listeners):
             each.on_any_step(optimizer)

@@ -62,10 +62,12 @@ def prove(optimizer: Optimizer) -> ScaleProof:
     """Return the result of the check. Raises nothing. Takes milliseconds, once per optimizer."""
     name = type(optimizer).__name__
     if all(_readable(group.get(RATE)) is None for group in optimizer.param_groups):
-        return ScaleProof(f"{name} has no learning rate in its parameter groups")
+        rate = next((found for group in optimizer.param_groups if (found := group.get(RATE)) is not None), None)
+        why = "" if rate is None else f" that is a number, but a {type(rate).__name__}"
+        return ScaleProof(f"{name} has no learning rate in its parameter groups{why}")
     kept = ProcessState()  # the step may draw random numbers
     try:
-        with _Isolation(_tensors(optimizer)):
+        with torch.inference_mode(False), _Isolation(_tensors(optimizer)):
             return _compare(optimizer)
     except Exception as error:
         raise_from_signal(error)
@@ -147,7 +149,10 @@ def _updates(
     gradients = [_gradient(each) for each in sample]
     step = type(twin).step
     step = getattr(step, "__wrapped__", step)  # without the user's hooks
-    if any(each.default is each.empty for each in list(inspect.signature(step).parameters.values())[1:2]):
+    arguments = list(inspect.signature(step).parameters.values())[1:]
+    if any(
+        each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in arguments
+    ):
         raise _NotProvenError("its step needs a closure, and the check has none")
     moved: list[list[float]] = [[] for _ in clones]
     for index in range(1 + NUM_STEPS):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import UserDict
 from collections.abc import Iterator, MutableMapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,9 +35,16 @@ def scaled_view(optimizer: Optimizer, scale: float, *, sets_rate: bool = False) 
         view_class = _view_classes[kind] = _make_view_class(kind)
     view: Any = object.__new__(view_class)
     view.__dict__ = optimizer.__dict__
-    object.__setattr__(view, "_optimizer", optimizer)
-    object.__setattr__(view, "_scaled_groups", [ScaledGroup(each, scale, sets_rate) for each in optimizer.param_groups])
+    groups = [ScaledGroup(each, scale, sets_rate) for each in optimizer.param_groups]
+    for name, value in (("_optimizer", optimizer), ("_scaled_groups", groups), ("_known", tuple(groups))):
+        object.__setattr__(view, name, value)
+    object.__setattr__(view, "_make_group", partial(ScaledGroup, scale=scale, sets_rate=sets_rate))
     return view  # type: ignore[no-any-return]
+
+
+def is_view(optimizer: Optimizer) -> bool:
+    """Return True for a view: torch gives it to the hooks of all optimizers if a step calls that of its parent."""
+    return issubclass(type(optimizer), _Unregistered)
 
 
 class _Unregistered:
@@ -67,7 +75,7 @@ def _make_view_class(kind: type[Optimizer]) -> type[Optimizer]:
     names: dict[str, Any] = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
-        "__slots__": ("_optimizer", "_scaled_groups"),
+        "__slots__": ("_known", "_make_group", "_optimizer", "_scaled_groups"),
         "__class__": property(lambda view: kind),  # for `super(self.__class__, self)`
         "param_groups": _GROUPS,
         # What outlives the update, or runs code of the user's, has the optimizer itself.
@@ -82,16 +90,35 @@ def _make_view_class(kind: type[Optimizer]) -> type[Optimizer]:
 
 
 def close_view(view: Optimizer, optimizer: Optimizer) -> None:
-    """Give `optimizer` the last changes of its view: rates written in place, and added groups."""
-    for group in view.param_groups:
-        if isinstance(group, ScaledGroup):
-            group.settle()
-        elif all(group is not each for each in optimizer.param_groups):
-            optimizer.param_groups.append(group)
+    """Give `optimizer` the last changes of its view: rates written in place, and groups added, replaced or removed."""
+    known = view._known  # type: ignore[attr-defined]
+    groups = [_scaled_group(view, each) for each in view.param_groups]
+    for each in groups:
+        each.settle()
+    own = [each._group for each in groups]
+    before = [each._group for each in known]
+    if list(map(id, own)) != list(map(id, before)):
+        seen = set(map(id, own + before))
+        optimizer.param_groups[:] = own + [each for each in optimizer.param_groups if id(each) not in seen]
 
 
 def _set_groups(view: Any, groups: list[Any]) -> None:
-    view._scaled_groups = groups
+    view._scaled_groups = [_scaled_group(view, each) for each in groups]
+
+
+def _scaled_group(view: Any, group: dict[str, Any]) -> ScaledGroup:
+    """Return a group that the step has put into the view as a scaled one. A copy of a scaled one has its rate back."""
+    if isinstance(group, ScaledGroup):
+        return group
+    for each in view._known:
+        if each._group is group:
+            return each  # type: ignore[no-any-return]
+    parameters = set(map(id, group["params"]))
+    for each in view._known:
+        if not parameters.isdisjoint(map(id, each._group["params"])) and each.gave(group.get(RATE)):
+            group[RATE] = each._group[RATE]
+            break
+    return view._make_group(group)  # type: ignore[no-any-return]
 
 
 _GROUPS = property(lambda view: view._scaled_groups, _set_groups)
@@ -147,12 +174,20 @@ class ScaledGroup(_MappingDict):  # type: ignore[misc]
     def copy(self) -> dict[str, Any]:
         return dict(self)
 
+    def gave(self, rate: Any) -> bool:
+        """Return True if `rate` is the scaled rate as this group gives it to its readers."""
+        own = self._group.get(RATE)
+        if isinstance(own, Tensor) and not own.requires_grad:
+            return rate is not None and rate is self._copy
+        return number(own) is not None and number(rate) == number(times(own, self._scale))
+
     def _scaled(self, rate: Any) -> Any:
         if not isinstance(rate, Tensor) or rate.requires_grad:
             return times(rate, self._scale)
         self.settle()
         return self._scaled_copy(rate)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _scaled_copy(self, rate: Tensor) -> Tensor:
         if self._copy is None:

@@ -118,7 +118,7 @@ class StepClock:
         """Steps that have ended."""
         self._begun = False
         """True while a step has begun and not ended."""
-        self._forward = True
+        self._forward = False
         """True if a training forward has begun since the last step began."""
         self._number = 0
         """Steps that have begun, with those whose calls all raised."""
@@ -133,10 +133,13 @@ class StepClock:
     def begins_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> bool:
         """Return True if the call `optimizer.step(*args[1:], **kwargs)` belongs to another step than the calls before.
 
-        A closure contains a backward pass of its own.
+        A closure contains a backward pass of its own. A call before the first forward has no gradient: some loops make
+        one, which silences a warning of their scheduler.
         """
         if self._forward or has_closure(args, kwargs):
             return True
+        if self._number == 0:
+            return _parameter(optimizer) is not None
         calls = self.calls_of(optimizer)
         return calls.took_part(self._number) and calls.has_new_gradient(optimizer)
 

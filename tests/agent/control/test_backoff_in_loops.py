@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import secrets
 import threading
 from collections.abc import Callable, Iterator
@@ -74,7 +75,11 @@ class Loop:
                     each.step()
             pairs = zip(before, self.weights, strict=True)
             self.moved.append(sum(float((a - b.detach()).norm()) ** 2 for a, b in pairs) ** 0.5)
-            self.seen += [float(group["lr"] or 0.0) for each in self.optimizers for group in each.param_groups]
+            self.seen += [
+                (float(group["lr"].mean()) if isinstance(group["lr"], Tensor) else float(group["lr"] or 0.0))
+                for each in self.optimizers
+                for group in each.param_groups
+            ]
             self.step += 1
 
     def command(self, lr_scale: float) -> str:
@@ -384,6 +389,61 @@ def an_overflow_in_the_step_of_the_command_under_a_fused_scaler(loop: Loop) -> A
     return optimizer, update
 
 
+@loop
+def a_later_hook_that_reads_what_the_step_is_given(loop: Loop) -> Any:
+    return hooked(loop, lambda optimizer, args, _: loop.seen.append(args[0].param_groups[0]["lr"]))
+
+
+@loop
+def a_step_in_inference_mode(loop: Loop) -> Any:
+    optimizer = Adam(loop.weights, lr=torch.tensor(0.001), foreach=False)
+
+    def update() -> None:
+        loop.loss()
+        with torch.inference_mode():
+            optimizer.step()
+
+    return optimizer, update
+
+
+@loop
+def copies_and_files_of_the_optimizer_at_every_step(loop: Loop) -> Any:
+    class Whole(SGD):
+        def __getstate__(self) -> Any:
+            return vars(self).copy()
+
+    optimizer = Whole(loop.weights, lr=0.01)
+
+    def update() -> None:
+        loop.loss()
+        optimizer.step()
+        copies = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(SGD.__getstate__(optimizer)))]
+        loop.seen += [copies[0].param_groups[0]["lr"], copies[1]["param_groups"][0]["lr"]]
+
+    return optimizer, update
+
+
+@loop
+def master_weights_that_replace_those_of_the_model(loop: Loop) -> Any:
+    optimizer = AdamW(loop.weights, lr=0.001)
+    masters: list[nn.Parameter] = []
+
+    def update() -> None:
+        if loop.step == 1:
+            masters.extend(nn.Parameter(each.detach().clone()) for each in loop.weights)
+            optimizer.param_groups[0]["params"] = list(masters)
+            optimizer.state.clear()
+        loop.loss()
+        for master, each in zip(masters, loop.weights, strict=bool(masters)):
+            master.grad = each.grad
+        optimizer.step()
+        with torch.no_grad():
+            for master, each in zip(masters, loop.weights, strict=bool(masters)):
+                each.copy_(master)
+
+    return optimizer, update
+
+
 # Optimizers.
 
 
@@ -486,6 +546,175 @@ def a_lock_that_the_step_needs(loop: Loop) -> Any:
     optimizer: Any = Locked(loop.weights, lr=0.01)
     optimizer.lock = threading.Lock()
     return optimizer
+
+
+class Plain(Optimizer):
+    """Gradient descent on `rate(group)`."""
+
+    def __init__(self, weights: Any, lr: Any, **options: Any) -> None:
+        super().__init__(weights, {"lr": lr, **options})
+        self.count = 0
+
+    def rate(self, group: dict[str, Any]) -> Any:
+        return group["lr"]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.count += 1
+        for group in self.param_groups:
+            for each in group["params"]:
+                each -= self.rate(group) * each.grad
+
+
+def plain(loop: Loop, rate: Any, **options: Any) -> Plain:
+    """Return a `Plain` with another `rate`."""
+    return type("Plain", (Plain,), {"rate": rate})(loop.weights, lr=0.01, **options)
+
+
+@loop
+def a_step_of_any_arguments(loop: Loop) -> Any:
+    class Forwarding(SGD):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            return super().step(*args, **kwargs)
+
+    return Forwarding(loop.weights, lr=0.01)
+
+
+@loop
+def a_parents_step_after_two_calls_of_the_closure(loop: Loop) -> Any:
+    """torch calls the hooks of all optimizers with the view then."""
+
+    class Twice(SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            for _ in range(2 if closure is not None else 0):
+                torch.enable_grad()(closure)()
+            return super().step()
+
+    SGD([nn.Parameter(torch.zeros(1))])
+    optimizer = Twice(loop.weights, lr=0.01)
+
+    def update() -> None:
+        optimizer.step(loop.loss)
+        assert len(optimizer._optimizer_step_pre_hooks) <= 1
+
+    return optimizer, update
+
+
+def regroups(replace: Callable[[Plain], None]) -> Callable[[Loop], Any]:
+    """Replace the groups in two steps of the back-off."""
+
+    class Regroups(Plain):
+        def step(self, closure: Any = None) -> Any:
+            if self.count in (FIRST + 3, FIRST + 5):
+                replace(self)
+            return super().step(closure)
+
+    return lambda loop: Regroups(loop.weights, lr=0.01)
+
+
+def in_halves(optimizer: Plain) -> None:
+    weights = [each for group in optimizer.param_groups for each in group["params"]]
+    optimizer.param_groups = [{"params": each, "lr": 0.01} for each in (weights[:5], weights[5:])]
+
+
+LOOPS |= {
+    "groups that the step copies": regroups(lambda o: setattr(o, "param_groups", [dict(g) for g in o.param_groups])),
+    "groups that the step copies in place": regroups(lambda o: o.param_groups.__setitem__(0, {**o.param_groups[0]})),
+    "groups that the step makes again": regroups(in_halves),
+    "groups that the step loads": regroups(lambda o: o.load_state_dict(o.state_dict())),
+    "a rate in the state": lambda loop: plain(loop, lambda self, group: self.state.setdefault(0, {}) or group["lr"]),
+    "a rate under another key, from the group": lambda loop: plain(
+        loop, lambda self, group: group.update(eta=group["lr"]) or group["eta"], eta=0.0
+    ),
+    "a warm-up of its own": lambda loop: plain(loop, lambda self, group: group["lr"] * min(1.0, self.count / 5)),
+}
+
+
+class RateTensors(Plain):
+    """Fills tensors that a compiled rule reads, as nanochat's optimizer of Muon and AdamW."""
+
+    def __init__(self, weights: Any, lr: Any) -> None:
+        super().__init__(weights, lr)
+        self.filled = torch.tensor(0.0)
+        self.rule = torch.compile(lambda each, gradient, lr: each.sub_(gradient.sign() * lr), backend="eager")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for each in group["params"]:
+                self.filled.fill_(group["lr"] * getattr(each, "lr_mul", 1.0))
+                self.rule(each, each.grad, self.filled)
+
+
+@loop
+def rates_in_tensors_of_the_optimizer(loop: Loop) -> Any:
+    for each in loop.weights:
+        each.lr_mul = 1.0 + each.dim()  # type: ignore[attr-defined]
+    return RateTensors(loop.weights, lr=0.0005)
+
+
+@loop
+def rotated_gradients_with_a_first_step_that_only_prepares(loop: Loop) -> Any:
+    class Rotated(Plain):
+        """As SOAP."""
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                for each in group["params"]:
+                    if each.dim() != 2:
+                        each -= group["lr"] * each.grad.sign()
+                        continue
+                    state = self.state[each]
+                    if state:
+                        rotated = state["basis"].T @ each.grad
+                        state["square"].lerp_(rotated.square(), 0.1)
+                        each -= group["lr"] * state["basis"] @ (rotated / (state["square"].sqrt() + 1e-8))
+                    else:
+                        state["square"] = torch.zeros_like(each)
+                    state["basis"] = torch.linalg.eigh(each.grad @ each.grad.T)[1]
+
+    return Rotated(loop.weights, lr=0.0005)
+
+
+@loop
+def a_wrapper_without_the_constructor_of_its_class(loop: Loop) -> Any:
+    class Lookahead(Optimizer):
+        def __init__(self, inner: Optimizer) -> None:
+            self.optimizer, self.param_groups, self.state = inner, inner.param_groups, inner.state
+            self.slow = [each.detach().clone() for each in loop.weights]
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            self.optimizer.step(closure)
+            if loop.step % 8 == 7:
+                for slow, each in zip(self.slow, loop.weights, strict=True):
+                    each.copy_(slow.lerp_(each, 0.5))
+
+    return Lookahead(Adam(loop.weights, lr=0.001))
+
+
+@refused("has no learning rate in its parameter groups that is a number, but a Tensor")
+def a_rate_for_each_parameter_in_one_tensor(loop: Loop) -> Any:
+    class Each(Plain):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                for index, each in enumerate(group["params"]):
+                    each -= group["lr"][index] * each.grad
+
+    return Each(loop.weights, lr=torch.full((len(loop.weights),), 0.01))
+
+
+REFUSED |= {
+    "a rate under another key": ("does not follow", lambda loop: plain(loop, lambda _, group: group["eta"], eta=0.01)),
+    "a rate from the constructor": ("does not follow", lambda loop: plain(loop, lambda self, _: self.defaults["lr"])),
+    "a rate with a lower bound": (
+        "does not follow",
+        lambda loop: plain(loop, lambda _, group: max(group["lr"], 0.009)),
+    ),
+}
 
 
 class Flat(SGD):

@@ -14,14 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from torch.optim import SGD, Optimizer
 
-from koopmon.agent.control.kept_settings import VARIABLE, KeptSettings
+from koopmon.agent.control.kept_settings import VARIABLE, KeptSettings, _Kept, _Process
 from koopmon.wire.messages import Applied, Hello, KssSettings
 from tests.agent.models import batch, build, loss_of
 from tests.agent.scripted_monitor import ScriptedMonitor
 
+MAX_PID = 1 << 22
 BACKED_OFF = Applied(lr_scale=0.25, max_rate=0.02, peak_rate=0.1, kss=KssSettings(alpha=0.5))
 
 
@@ -103,8 +105,54 @@ def test_a_training_that_ends_sets_its_settings_aside_until_the_next_one_begins(
 def test_a_training_that_raised_leaves_what_was_in_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = kept(tmp_path)
     settings.keep(BACKED_OFF)
-    monkeypatch.setattr(sys, "last_type", RuntimeError, raising=False)
+    monkeypatch.setattr(sys, "last_value", RuntimeError(), raising=False)
     settings.clear()
+    assert kept(tmp_path).read() == BACKED_OFF
+    later = kept(tmp_path)
+    later.keep(BACKED_OFF)
+    later.keep(Applied())
+    later.keep(BACKED_OFF)
+    later.clear()
+    assert kept(tmp_path).read() is None, "an exception before, as in a cell of a notebook, is not this training's"
+
+
+def test_two_trainings_of_one_name_at_a_time_share_no_settings(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = kept(tmp_path)
+    settings.keep(BACKED_OFF)
+    file = tmp_path / "team,one.settings"
+    written = file.read_bytes()
+    # The parent of this process stands for another training that goes on.
+    other = msgspec.json.encode(_Kept("team/one", BACKED_OFF, _Process.of(os.getppid())))
+    file.write_bytes(other)
+    beside = kept(tmp_path)
+    assert beside.read() is None
+    for applied in (Applied(lr_scale=0.5), Applied()):
+        beside.keep(applied)
+    beside.clear()
+    late = kept(tmp_path)
+    late.keep(Applied(lr_scale=0.5))
+    assert file.read_bytes() == other
+    assert [f"goes on in process {os.getppid()}" in each.getMessage() for each in caplog.records] == [True] * 2
+    file.write_bytes(written.replace(f"[{os.getpid()},".encode(), f"[{MAX_PID},".encode()))
+    assert kept(tmp_path).read() == BACKED_OFF, "of a process that is gone"
+
+
+@pytest.mark.process
+def test_the_other_ranks_of_a_job_read_what_their_own_rank_0_wrote(tmp_path: Path) -> None:
+    file = tmp_path / "team,one.settings"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        child = _Process.of(process.pid)
+        assert child is not None
+        assert child.parent == os.getpid()
+        for parent, found in ((os.getppid(), BACKED_OFF), (os.getpid(), None)):
+            writer = _Process(child.pid, child.started, parent)
+            file.write_bytes(msgspec.json.encode(_Kept("team/one", BACKED_OFF, writer)))
+            file.chmod(0o600)
+            assert kept(tmp_path, rank=1).read() == found
+            assert kept(tmp_path).read() is None
+        process.communicate(b"\n")
     assert kept(tmp_path).read() == BACKED_OFF
 
 
@@ -168,13 +216,13 @@ def test_no_reader_sees_half_a_file_and_a_kill_leaves_a_whole_one(
     assert writer.stdout is not None
     try:
         assert writer.stdout.readline() == b"writes\n"
-        found = [kept(tmp_path, "one").read() for _ in range(2000)]
+        found = [kept(tmp_path, "one")._content() for _ in range(2000)]
     finally:
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()
         writer.stdout.close()
-    found.append(kept(tmp_path, "one").read())
-    assert all(each is not None and each.lr_scale == 0.5 for each in found)
+    assert all(each is not None and each.applied.lr_scale == 0.5 for each in found)
+    assert kept(tmp_path, "one").read() is not None
     assert not caplog.records
 
 

@@ -279,6 +279,19 @@ def test_a_call_without_a_gradient_belongs_to_the_step_before(visible: bool) -> 
         assert (training.clock.num_steps, training.begun) == (step, step)
 
 
+@pytest.mark.parametrize("visible", [True, False])
+def test_a_call_before_the_training_is_no_step(visible: bool) -> None:
+    training = Training(first, second, visible=visible)
+    for each in training.optimizers:
+        each.step()
+    assert (training.clock.num_steps, training.begun) == (0, 0)
+    for _ in range(3):
+        training.backward()
+        for each in training.optimizers:
+            each.step()
+    assert (training.clock.num_steps, training.begun) == (3, 3)
+
+
 def test_a_step_waits_for_an_optimizer_whose_gradients_come_late() -> None:
     training = Training(first, second)
     for step in range(1, 4):
