@@ -54,13 +54,13 @@ CHOICES = (
     ),
     (
         "`runbook_url` points at the monitor",
-        "It is the default because it needs no other server. `koopmon grafana export --docs-url`, or `_config.docsUrl`"
-        " of the mixin, names a static page.",
+        "It is the default because it needs no other server. `koopmon grafana export --docs-url`, `_config.docsUrl` of"
+        " the mixin, or `prometheusRule.docsUrl` of the Helm chart names a static page.",
     ),
     (
         "alerts of severity info",
-        "They inform on a dashboard. Route them nowhere, or use the InfoInhibitor of kube-prometheus: they have its"
-        " label `severity`.",
+        "They inform on a dashboard. Route them nowhere, or use the InfoInhibitor of kube-prometheus: all alerts keep"
+        " the label `namespace` of their target, and have the label `severity`.",
     ),
     (
         "thresholds are fixed at the export",
@@ -72,9 +72,19 @@ CHOICES = (
         "Only KoopmonMonitorDown and KoopmonMonitorAbsent do: a vanished target has no other mark.",
     ),
     (
+        "no rule notices a long scrape interval",
+        "Queries of events span at least one minute, so an interval of 15 s misses none.",
+    ),
+    (
         "classic dashboards, without `__inputs`, and no ConfigMaps",
-        "They load in Grafana 11 to 13, and `dashboards-v2` has them in schema V2. The data source is a variable, so an"
-        " import needs no input. The Helm chart has ConfigMaps.",
+        "The classic form is that of Grafana 11, which newer versions import; `dashboards-v2` has schema V2. Neither was"
+        " tried with a running Grafana. The data source is a variable, so an import needs no input. The Helm chart has"
+        " ConfigMaps.",
+    ),
+    (
+        "the dashboards are not built with grafana-foundation-sdk",
+        "Its builders have a class for each schema. One source makes both forms here, and the SDK reads both back"
+        " without loss in a test, which finds a wrong key as its builders would.",
     ),
 )
 
