@@ -63,6 +63,18 @@ def test_every_key_is_in_the_reference_with_its_bounds() -> None:
     assert "| `retry_seconds` | `2` | number > 0 ≤ 3600 |" in CONFIGURATION
 
 
+MENTION = re.compile(r"`\[(\w+)\](?: (\w+))?`")
+"""Table of the configuration, or one of its keys, in a page."""
+
+
+def test_every_key_that_a_page_names_is_a_key() -> None:
+    keys = {name: {field.name for field in msgspec.structs.fields(table)} for name, table in configuration.tables()}
+    sources = [*PAGES, ROOT / "koopmon" / "telemetry" / "alerts.yml"]
+    found = [(page.name, *match.groups()) for page in sources for match in MENTION.finditer(page.read_text("utf-8"))]
+    assert len(found) > 100
+    assert [each for each in found if each[1] not in keys or (each[2] and each[2] not in keys[each[1]])] == []
+
+
 @pytest.mark.parametrize("name", sorted(set(koopmon.__all__) - {"__version__"}))
 def test_every_public_name_is_in_the_reference(name: str) -> None:
     _, _, rest = PYTHON.partition(f"\n### koopmon.{name}\n")
