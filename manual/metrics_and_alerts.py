@@ -78,8 +78,8 @@ CHOICES = (
     (
         "classic dashboards, without `__inputs`, and no ConfigMaps",
         "The classic form is that of Grafana 11, and newer versions import it; `dashboards-v2` has schema V2. Neither"
-        " was tried with a running Grafana. The data source is a variable, so an import needs no input. The Helm chart has"
-        " ConfigMaps.",
+        " was tried with a running Grafana. The data source is a variable, so an import needs no input. The Helm chart"
+        " has ConfigMaps.",
     ),
     (
         "the dashboards are not built with grafana-foundation-sdk",
