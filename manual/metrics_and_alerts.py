@@ -8,6 +8,7 @@ from koopmon.grafana.rules import GROUPS
 from koopmon.telemetry.alerts import ALERTS, Alert, plain_summary
 from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, MAX_LAYERS, OBSERVABLE, PREFIX, TABLE, Series
 from manual import dashboards
+from manual.cells import cell
 
 WRITTEN = "<!-- Written by `python -m manual.write`: edit the tables in koopmon/telemetry, not this. -->"
 SECTIONS = {("run", "layer"): "For each layer of each run", ("run",): "For each run", (): "For each monitor"}
@@ -171,7 +172,7 @@ def _alert(alert: Alert, board: str) -> Iterable[str]:
 
 
 def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heading, ["---"] * len(heading), *rows))
+    return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in (heading, ["---"] * len(heading), *rows))
 
 
 def _time(seconds: int, before: str = "") -> str:
