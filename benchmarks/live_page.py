@@ -185,7 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _report({**document, "metrics": scrapes(Path(folder))}, options.out, console)
         if options.only_pictures:
             document = json.loads(options.out.read_text(encoding="utf-8"))
-            return _report({**document, "pictures": live_pictures.take(Path(folder), options.docs)}, options.out, console)
+            return _report(
+                {**document, "pictures": live_pictures.take(Path(folder), options.docs)}, options.out, console
+            )
         told = measure(Path(folder), console)
         told["pictures"] = live_pictures.take(Path(folder), options.docs)
     settings = {"num_recorded": NUM_RECORDED, "num_layers": NUM_LAYERS}
