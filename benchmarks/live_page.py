@@ -174,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes (default %(default)s)")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where the pictures go (default %(default)s)")
     parser.add_argument("--only-scrapes", action="store_true", help="measure /metrics alone, and keep the rest")
+    parser.add_argument("--only-pictures", action="store_true", help="take the pictures alone, and keep the rest")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     console = campaign.console()
@@ -182,6 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only_scrapes:
             document = json.loads(options.out.read_text(encoding="utf-8"))
             return _report({**document, "metrics": scrapes(Path(folder))}, options.out, console)
+        if options.only_pictures:
+            document = json.loads(options.out.read_text(encoding="utf-8"))
+            return _report(
+                {**document, "pictures": live_pictures.take(Path(folder), options.docs)}, options.out, console
+            )
         told = measure(Path(folder), console)
         told["pictures"] = live_pictures.take(Path(folder), options.docs)
     settings = {"num_recorded": NUM_RECORDED, "num_layers": NUM_LAYERS}

@@ -61,6 +61,8 @@ def _train(folder: Path, endpoint: str, name: str, rate: float) -> subprocess.Po
     )
     words = ["run", "--monitor", endpoint, "--run", name, "--", *setting.command(folder / f"{name}.jsonl")]
     environ = {key: value for key, value in os.environ.items() if not key.startswith("KOOPMON_")}
+    # A launch of the same name that was killed left its settings in the state directory.
+    environ |= {"XDG_STATE_HOME": str(folder / "state"), "OMP_NUM_THREADS": "1"}
     with (folder / f"{name}.output").open("wb") as output:
         command = [sys.executable, "-m", "koopmon", *words]
-        return subprocess.Popen(command, env=environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
+        return subprocess.Popen(command, env=environ, stdout=output, stderr=output)

@@ -8,6 +8,7 @@ from koopmon.grafana.rules import GROUPS
 from koopmon.telemetry.alerts import ALERTS, Alert, plain_summary
 from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, MAX_LAYERS, OBSERVABLE, PREFIX, TABLE, Series
 from manual import dashboards
+from manual.cells import cell
 
 WRITTEN = "<!-- Written by `python -m manual.write`: edit the tables in koopmon/telemetry, not this. -->"
 SECTIONS = {("run", "layer"): "For each layer of each run", ("run",): "For each run", (): "For each monitor"}
@@ -54,13 +55,13 @@ CHOICES = (
     ),
     (
         "`runbook_url` points at the monitor",
-        "It is the default because it needs no other server. `koopmon grafana export --docs-url`, or `_config.docsUrl`"
-        " of the mixin, names a static page.",
+        "It is the default because it needs no other server. `koopmon grafana export --docs-url`, `_config.docsUrl` of"
+        " the mixin, or `prometheusRule.docsUrl` of the Helm chart names a static page.",
     ),
     (
         "alerts of severity info",
-        "They inform on a dashboard. Route them nowhere, or use the InfoInhibitor of kube-prometheus: they have its"
-        " label `severity`.",
+        "They inform on a dashboard. Route them nowhere, or use the InfoInhibitor of kube-prometheus: all alerts keep"
+        " the label `namespace` of their target, and have the label `severity`.",
     ),
     (
         "thresholds are fixed at the export",
@@ -72,9 +73,19 @@ CHOICES = (
         "Only KoopmonMonitorDown and KoopmonMonitorAbsent do: a vanished target has no other mark.",
     ),
     (
+        "no rule notices a long scrape interval",
+        "Queries of events span at least one minute, so an interval of 15 s misses none.",
+    ),
+    (
         "classic dashboards, without `__inputs`, and no ConfigMaps",
-        "They load in Grafana 11 to 13, and `dashboards-v2` has them in schema V2. The data source is a variable, so an"
-        " import needs no input. The Helm chart has ConfigMaps.",
+        "The classic form is that of Grafana 11, and newer versions import it; `dashboards-v2` has schema V2. Neither"
+        " was tried with a running Grafana. The data source is a variable, so an import needs no input. The Helm chart"
+        " has ConfigMaps.",
+    ),
+    (
+        "the dashboards are not built with grafana-foundation-sdk",
+        "Its builders have a class for each schema. One source makes both forms here, and the SDK reads both back"
+        " without loss in a test, which finds a wrong key as its builders would.",
     ),
 )
 
@@ -161,7 +172,7 @@ def _alert(alert: Alert, board: str) -> Iterable[str]:
 
 
 def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heading, ["---"] * len(heading), *rows))
+    return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in (heading, ["---"] * len(heading), *rows))
 
 
 def _time(seconds: int, before: str = "") -> str:

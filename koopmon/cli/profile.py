@@ -122,6 +122,8 @@ class Forecast:
     """Learning rate at which the run survives with the probability SURVIVES."""
     even_learning_rate: float | None
     """Learning rate at which the run survives with probability one half."""
+    highest_known_learning_rate: float
+    """Learning rate of this size above which the calibrator has no run: the two above never exceed it."""
     held_out_error: float | None
 
     def lines(self) -> list[str]:
@@ -134,11 +136,18 @@ class Forecast:
             rate = f"learning rate {self.learning_rate:g}"
             lines.append(f"{rate} is higher, for this size, than any that the calibrator has seen")
         if self.max_learning_rate is not None and self.even_learning_rate is not None:
+            safe, even = self._bounded(self.max_learning_rate), self._bounded(self.even_learning_rate)
             lines.append(
-                f"highest learning rate survived with probability {SURVIVES:.0%}: {self.max_learning_rate:.2g}; "
-                f"with 50%: {self.even_learning_rate:.2g}{error}"
+                f"highest learning rate survived with probability {SURVIVES:.0%}: {safe}; with 50%: {even}{error}"
             )
         return lines or ["the calibrator has no example of such a model at any learning rate"]
+
+    def _bounded(self, rate: float) -> str:
+        """Format a rate, and say where the runs of the calibrator end."""
+        at_the_end = rate >= self.highest_known_learning_rate * (1 - 1e-9)
+        return f"{rate:.2g}" + (
+            " or more, the highest that the calibrator has seen for this size" if at_the_end else ""
+        )
 
 
 def _forecast(
@@ -164,6 +173,7 @@ def _forecast(
         divergence_probability=calibrator.probability(example) if covered else None,
         max_learning_rate=calibrator.max_learning_rate(example, 1 - SURVIVES),
         even_learning_rate=calibrator.max_learning_rate(example, 0.5),
+        highest_known_learning_rate=calibrator.highest_effective_rate / (example.width * example.num_layers),
         held_out_error=calibrator.held_out_error,
     )
 

@@ -69,7 +69,7 @@ def _loss(report: RunReport) -> str:
     if (course := report.loss) is not None:
         return (
             f"{number(course.at_alarm)} at the first high risk, then at most {number(course.highest)},"
-            f" {number(course.last)} at the end"
+            f" {number(course.last)} at the end (first and last: medians)"
         )
     known = [point.training.loss for point in report.points if point.training.loss is not None]
     return f"{number(known[0])} at first, {number(known[-1])} at the end" if known else "not known"

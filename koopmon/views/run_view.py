@@ -66,7 +66,7 @@ class Scalar:
     @property
     def heading(self) -> str:
         """Title within a row of lower-case titles; an abbreviation keeps its letters."""
-        return self.title if self.title[:2].isupper() else self.title.lower()
+        return self.title if self.title[:2].isupper() else self.title[0].lower() + self.title[1:]
 
     def of(self, point: TimelinePoint) -> float | None:
         """Value at one point; None where it is unknown or not finite."""

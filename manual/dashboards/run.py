@@ -128,7 +128,7 @@ def _risk() -> list[Json]:
 
 def _training() -> list[Json]:
     def lines(title: str, metric: str, **settings: Any) -> Json:
-        return panels.lines(title, BY_NAME[metric].help, {title.lower(): _of(metric)}, **settings)
+        return panels.lines(title, BY_NAME[metric].help, {title[0].lower() + title[1:]: _of(metric)}, **settings)
 
     return [
         panels.lines(

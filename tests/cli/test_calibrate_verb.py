@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from koopmon.cli import main
+from koopmon.cli.profile import Forecast
 from koopmon.history.plain_profile import PlainProfile
 from koopmon.history.writer import HistoryWriter
 from koopmon.risk.calibration import Example, fit, load, save
@@ -190,6 +191,16 @@ def test_profile_tells_the_probability_and_the_highest_rate(
     said = capsys.readouterr().out
     assert "highest learning rate survived with probability 95%" in said
     assert "(expected calibration error 0.040)" in said
+
+
+def test_a_rate_at_the_end_of_the_runs_is_a_lower_bound() -> None:
+    """A tame model has no unsafe rate among the rates of the calibrator."""
+    known = {"learning_rate": None, "divergence_probability": None, "held_out_error": None}
+    (line,) = Forecast(
+        max_learning_rate=0.05, even_learning_rate=0.067, highest_known_learning_rate=0.067, **known
+    ).lines()
+    end = "0.067 or more, the highest that the calibrator has seen for this size"
+    assert line == f"highest learning rate survived with probability 95%: 0.05; with 50%: {end}"
 
 
 @pytest.mark.parametrize(

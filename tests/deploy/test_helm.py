@@ -144,6 +144,15 @@ def test_dashboards_and_rules_are_those_of_the_repository() -> None:
     assert documents["PrometheusRule", "koopmon"]["metadata"]["labels"]["release"] == "prometheus"
 
 
+def test_the_runbooks_may_have_a_static_address() -> None:
+    given = {"prometheusRule": {"enabled": True, "docsUrl": "https://docs.example.org/alerts/"}}
+    groups = render(given)["PrometheusRule", "koopmon"]["spec"]["groups"]
+    alerts = [rule for group in groups for rule in group["rules"] if "alert" in rule]
+    assert alerts
+    for rule in alerts:
+        assert rule["annotations"]["runbook_url"] == f"https://docs.example.org/alerts/#{rule['alert']}"
+
+
 def test_the_configuration_is_read_and_a_change_restarts_the_pod(tmp_path: Path) -> None:
     changed = {"config": "[http]\ninsecure_plaintext = true\n[policy]\nname = 'observe'\n"}
     sums = set()
@@ -165,6 +174,7 @@ def test_the_configuration_is_read_and_a_change_restarts_the_pod(tmp_path: Path)
         {"replicas": 2},
         {"persistence": {"size": "much"}},
         {"serviceMonitor": {"enabled": "yes"}},
+        {"prometheusRule": {"enabled": True, "docsUrl": "alerts.html"}},
         {"dashboards": {"enabled": True, "labels": {"a": 1}}},
         {"image": {"repository": ""}},
         {"networkPolicy": {"enabled": True, "egres": []}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -61,6 +62,41 @@ def test_every_key_is_in_the_reference_with_its_bounds() -> None:
     )
     assert '| `name` | `"auto"` | `"auto"`, `"lr"`, `"kss"`, `"kss+lr"`, `"observe"` |' in CONFIGURATION
     assert "| `retry_seconds` | `2` | number > 0 ≤ 3600 |" in CONFIGURATION
+
+
+MENTION = re.compile(r"`\[(\w+)\](?: (\w+))?`")
+"""Table of the configuration, or one of its keys, in a page."""
+
+
+def test_every_key_that_a_page_names_is_a_key() -> None:
+    keys = {name: {field.name for field in msgspec.structs.fields(table)} for name, table in configuration.tables()}
+    sources = [*PAGES, ROOT / "koopmon" / "telemetry" / "alerts.yml"]
+    found = [(page.name, *match.groups()) for page in sources for match in MENTION.finditer(page.read_text("utf-8"))]
+    assert len(found) > 100
+    assert [each for each in found if each[1] not in keys or (each[2] and each[2] not in keys[each[1]])] == []
+
+
+def rows_of(text: str) -> Iterator[list[str]]:
+    """Return the rows of each table outside of code blocks."""
+    plain, table = re.sub(r"^ *(```+).*?^ *\1", "", text, flags=re.DOTALL | re.MULTILINE), list[str]()
+    for line in [*plain.split("\n"), ""]:
+        if line.startswith("|"):
+            table.append(line)
+        elif table:
+            yield table
+            table = []
+
+
+def test_every_row_of_a_table_has_the_cells_of_its_heading() -> None:
+    """A bar in the text of a cell would cut it: it is escaped, or in code."""
+    texts = {page.name: page.read_text("utf-8") for page in PAGES}
+    texts |= {"cli": CLI, "configuration": CONFIGURATION, "python": PYTHON}
+    tables = [(name, table) for name, text in texts.items() for table in rows_of(text)]
+    assert len(tables) > 50
+    for name, table in tables:
+        bars = [len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", row))) for row in table]
+        wrong = [row for row, count in zip(table, bars, strict=True) if count != bars[0]]
+        assert wrong == [], name
 
 
 @pytest.mark.parametrize("name", sorted(set(koopmon.__all__) - {"__version__"}))

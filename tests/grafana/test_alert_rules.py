@@ -97,6 +97,17 @@ def test_it_fires_and_says_what_it_should(rules: Path, name: str) -> None:
 
 @pytest.mark.process
 @pytest.mark.parametrize("name", NAMES)
+def test_it_keeps_the_namespace_of_its_target(rules: Path, name: str) -> None:
+    """Alertmanager routes by it in Kubernetes, and the InfoInhibitor of kube-prometheus compares it."""
+    case, where = FIRING[name][0], {"namespace": "team-a"}
+    placed = {each.replace("{", '{namespace="team-a",', 1): text for each, text in case.series.items()}
+    fired = as_fired(BY_NAME[name], Firing(placed, case.minute, case.description, {**case.labels, **where}))
+    group = {"eval_time": seconds(case.minute), "alertname": name, "exp_alerts": [fired]}
+    run_cases(rules, [{"input_series": series(placed), "alert_rule_test": [group]}])
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", NAMES)
 def test_it_is_calm_when_nothing_is_wrong(rules: Path, name: str) -> None:
     def group(case: Calm) -> dict[str, Any]:
         silent = {"eval_time": seconds(case.minute), "alertname": name, "exp_alerts": []}

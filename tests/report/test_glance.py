@@ -14,7 +14,7 @@ def test_a_guarded_run_at_a_glance(recorder: Recorder) -> None:
     assert glance(guarded(recorder).facts()) == {
         "State": "ended at step 200",
         "Risk": "0.40 or more from step 40; highest 0.85 at step 40",
-        "Loss": "3 at the first high risk, then at most 4.5, 2.8 at the end",
+        "Loss": "3 at the first high risk, then at most 4.5, 2.8 at the end (first and last: medians)",
         "LR scale": "down to 0.5 by 1 back-off, first at step 42",
         "Effect": "1 helped",
         "Snapshots": "101",

@@ -105,6 +105,15 @@ def test_a_run_of_which_nothing_is_known_yet_has_a_page() -> None:
     assert found.of("figure") == []
 
 
+def test_a_recorded_run_claims_nothing_of_its_agents() -> None:
+    """The history has no counts of the agents: zeros and "ready" would be wrong."""
+    agents = shown(view(state="recorded", points=(point(7),))).text.split("Host")[1].split("The share of")[0]
+    assert "Snapshots – Taps missing – Dropped –" in agents
+    assert "Acts –" in agents
+    assert "ready" not in agents
+    assert "Snapshots 0" in shown(view()).text
+
+
 def test_what_is_known_of_a_run_is_shown() -> None:
     values = {name: array("f", [0.25, 0.75]) for name in QUANTITIES}
     spectrum = Spectrum(
