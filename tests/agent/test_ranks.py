@@ -236,6 +236,7 @@ def test_commands_are_refused_inside_join(ranks: Callable[..., Any], monitor: Sc
     errors = "".join(each for _, each in outputs)
     assert "control is off" not in errors
     assert errors.count("watches, does not act: the ranks may take different numbers of steps inside join()") == 1
+    assert [each["status"]["connected"] for each in both] == [True, True], "no rank waits for the group of the other"
 
 
 def test_ranks_that_hang_leave_early_or_never_come(

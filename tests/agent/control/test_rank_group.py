@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -613,3 +615,31 @@ def test_a_group_that_failed_while_it_formed_is_not_used(monkeypatch: pytest.Mon
 )
 def test_the_reason_of_an_error_is_one_line_of_bounded_length(text: str, reason: str) -> None:
     assert rank_group._reason(ValueError(text)) == reason
+
+
+EXIT = """
+import sys, weakref
+import torch.distributed as dist
+from koopmon.agent.control.rank_group import RankGroup
+from koopmon.agent.rank_identity import RankContext
+from koopmon.agent.stats import AgentStats
+from koopmon.config import ControlConfig
+
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+context = RankContext(0, 2, store.clone())
+if sys.argv[1] == "connecting":
+    store.add("place/control/0/ready", 1)
+group = RankGroup(context, ControlConfig(), AgentStats(), "place")
+while not (group._connecting.locked() if sys.argv[1] == "connecting" else store.add("place/control/0/ready", 0)):
+    pass
+weakref.finalize(RankGroup, group.close, wait=True)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("state", ["registered", "connecting"])
+def test_a_process_whose_group_never_forms_ends_in_order(state: str) -> None:
+    """A thread that returns from a wait in torch into an interpreter that ends would abort the process."""
+    done = subprocess.run([sys.executable, "-c", EXIT, state], capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"terminate" not in done.stderr
