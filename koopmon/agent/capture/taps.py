@@ -112,6 +112,8 @@ class ResidualTaps:
         """Times that hooks were put back that others had removed."""
         self._num_waited = 0
         """Steps that the snapshot that is due has waited for a call of the blocks."""
+        self._gradient: tuple[weakref.ref[Tensor], int] | None = None
+        """A gradient of the stack when the snapshot became due, with its version."""
         self.waits = False
         """True if a snapshot was due in the last step, and the step has called no block with gradients."""
         self._always_hooked = False
@@ -352,6 +354,9 @@ class ResidualTaps:
         if self.later and self.stack is not None:
             self._look_later()
         self._capture.due = None if self.stack is None else due
+        if self.stack is not None and due is not None:
+            gradient = _gradient(self.stack)
+            self._gradient = None if gradient is None else (weakref.ref(gradient), _version(gradient))
         self._injections = injections if injections and not self.obstacle else ()
         if self.stack is not None and due is not None and self._graphs.holds(self.stack):
             sampler, training = due
@@ -369,16 +374,17 @@ class ResidualTaps:
                 self._hooks[self.stack.name].pause()
 
     def _trains_in_turn(self) -> bool:
-        """Return True if a snapshot is due, and the step has called no block: other parts may train in turn."""
-        return self._capture.due is not None and self.stack is not None and not (self._graphs.traced or compiles())
+        """Return True if a snapshot is due, and the step has called no block and given it no gradient."""
+        if self._capture.due is None or self.stack is None or self._graphs.traced or compiles():
+            return False
+        gradient, before = _gradient(self.stack), self._gradient
+        if gradient is None:
+            return True
+        return before is not None and before[0]() is gradient and before[1] == _version(gradient)
 
     def _look_later(self) -> None:
         """Find further stacks once they have gradients, as a generator that trains in turn."""
-        found = [
-            stack
-            for stack in self.later
-            if any(each.grad is not None for each in stack.points[len(stack.points) // 2].module.parameters())
-        ]
+        found = [stack for stack in self.later if _gradient(stack) is not None]
         if found:
             self.later = tuple(stack for stack in self.later if stack not in found)
             self._begun += tuple(found)
@@ -675,3 +681,13 @@ class ResidualTaps:
         if current is state:
             return None
         return with_block_output(self._adapter, kept, point.module, output, current)
+
+
+def _gradient(stack: Stack) -> Tensor | None:
+    """Return the first gradient in the middle block of `stack`."""
+    middle = stack.points[len(stack.points) // 2].module
+    return next((each.grad for each in middle.parameters() if each.grad is not None), None)
+
+
+def _version(gradient: Tensor) -> int:
+    return 0 if gradient.is_inference() else gradient._version
