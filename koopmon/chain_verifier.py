@@ -121,7 +121,7 @@ class ChainVerifier:
         self.beside: tuple[Stack, ...] = ()
         """Other stacks that the last verdict verified and that train as the kept one does, best first."""
         self.later: tuple[Stack, ...] = ()
-        """Further stacks that it verified, with parameters of the optimizer that did not train in this forward."""
+        """Further stacks, verified or not called, whose parameters the optimizer holds: they did not train here."""
 
     def reset(self) -> None:
         """Drop all observations of the forward. The blocks that incomplete traversals have shown are remembered."""
@@ -290,11 +290,20 @@ class ChainVerifier:
             and not _overlap(trace, eligible[0])
         )
         held = [trace for trace in eligible[1:] if trace.stack not in self.beside and not _overlap(trace, eligible[0])]
+        held += [trace for trace in self._traces.values() if eligible and self._is_aside(trace)]
         self.later = tuple(trace.stack for trace in held if _holds_any(trace.stack, trained))
         # The first layers of blocks are candidates for blocks that are called by other methods.
         hidden = {trace.stack.name for trace in self._traces.values() if trace.stack.form != "chain"}
         shown = {name: reason for name, reason in reasons.items() if name not in hidden}
         return ChainResult(_unrolled(eligible[0]) if eligible else None, shown)
+
+    def _is_aside(self, trace: _Trace) -> bool:
+        """Return True for a stack that this forward did not call, with no block inside or around those of others."""
+        if trace.calls or trace.stack.form != "chain" or len(trace.stack.points) < 2:
+            return False
+        own = {module for point in trace.stack.points for module in point.module.modules()}
+        others = (each.stack for each in self._traces.values() if each is not trace and each.stack.form == "chain")
+        return all(own.isdisjoint(point.module.modules()) for stack in others for point in stack.points)
 
     def _trains(self, trace: _Trace, trained: Collection[int]) -> bool:
         return bool(trained_layers(trace.stack, trained)) and _in_gradients(trace)

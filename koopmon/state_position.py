@@ -100,8 +100,17 @@ def _tensors(value: Any, path: Path, attributes: bool) -> Iterator[tuple[Path, T
 
 
 def _attributes(value: Any) -> list[tuple[Any, Any]]:
-    is_plain = not isinstance(value, (type, nn.Module, Mapping, tuple, list)) and hasattr(value, "__dict__")
-    return list(vars(value).items()) if is_plain else []
+    if isinstance(value, (type, nn.Module, Mapping, tuple, list)):
+        return []
+    names = [name for kind in type(value).__mro__ for name in _slots(kind)]
+    slots = [(name, getattr(value, name)) for name in names if hasattr(value, name)]
+    return slots + list(getattr(value, "__dict__", {}).items())
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    """Return the names in the `__slots__` of a class that Python code has defined."""
+    names: Any = vars(kind).get("__slots__", ())
+    return tuple(name for name in ([names] if isinstance(names, str) else names) if not name.startswith("__"))
 
 
 def _parts(value: Any) -> list[tuple[Any, Any]]:

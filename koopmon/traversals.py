@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -87,8 +88,12 @@ class Traversal(NamedTuple):
 
     @property
     def correlation(self) -> float:
-        """Mean correlation of the end of a transition with its start. NaN if a state has no variance."""
-        return sum(correlation for _, _, correlation in self.measured) / len(self.measured)
+        """Mean correlation of the end of a transition with its start. NaN if most states have no variance.
+
+        A stream may begin with a constant, as queries that begin at zero.
+        """
+        known = [correlation for _, _, correlation in self.measured if not math.isnan(correlation)]
+        return sum(known) / len(known) if 2 * len(known) > len(self.measured) else math.nan
 
     @property
     def requires_grad(self) -> bool:

@@ -353,7 +353,7 @@ class _Watch:
             begins = is_last or all(not each.is_on or each.num_steps for each in self._attached)
             if own is None and (num_steps == 1 or begins):
                 try:
-                    root = root_module(stepping)
+                    root = root_module(stepping, most=True)
                 except RootNotFoundError:  # it updates single parameters beside the model
                     self._waiting.pop(stepping, None)
                     if any(each.is_on for each in self._attached):
@@ -434,8 +434,10 @@ def _parameters(optimizer: Optimizer) -> frozenset[int]:
     return frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
 
 
-def root_module(optimizer: Optimizer) -> nn.Module:
+def root_module(optimizer: Optimizer, *, most: bool = False) -> nn.Module:
     """Return the outermost live module that owns every parameter of `optimizer`.
+
+    With `most` it may own the larger part of the weights, as beside a loss with weights of its own.
 
     Several unrelated wrappers may own them (a second view of one model). The result is then the outermost module that
     all of these share. Copies, such as an exponential moving average, own other parameters and never count.
@@ -448,6 +450,8 @@ def root_module(optimizer: Optimizer) -> nn.Module:
     # isinstance() reads `__class__`, which makes a lazy proxy load its object. type() does not.
     modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module) and "_modules" in vars(thing)]
     owners = [module for module in modules if _owns(module, parameters)]
+    if not owners and most:
+        owners = _owners_of_most(modules, optimizer)
     roots = _outermost(owners)
     if len(roots) > 1:
         shared = set.intersection(*({id(inner) for inner in root.modules()} for root in roots))
@@ -478,6 +482,22 @@ def _owns(module: nn.Module, parameters: frozenset[int]) -> bool:
     except BaseException as error:  # another part of the process may be building this module
         raise_from_signal(error)
         return False
+
+
+def _owners_of_most(modules: Sequence[nn.Module], optimizer: Optimizer) -> list[nn.Module]:
+    """Return the modules that own the most weights of `optimizer`, if these are more than half of them."""
+    sizes = {id(each): each.numel() for group in optimizer.param_groups for each in group["params"]}
+    owned: list[int] = []
+    for module in modules:
+        try:
+            owned.append(sum(sizes.get(id(each), 0) for each in module.parameters()))
+        except BaseException as error:  # another part of the process may be building this module
+            raise_from_signal(error)
+            owned.append(0)
+    largest = max(owned, default=0)
+    return [
+        each for each, size in zip(modules, owned, strict=True) if 2 * size > sum(sizes.values()) and size == largest
+    ]
 
 
 def _contains(root: nn.Module, model: nn.Module | None) -> bool:

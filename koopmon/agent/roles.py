@@ -193,12 +193,15 @@ class Roles:
         )
         return Acting(rank, layout, actuator)
 
-    def stop_acting(self, reason: str) -> None:
-        """Watch from now on, and refuse commands. All ranks do so in the same step. The first call prints `reason`."""
+    def stop_acting(self, reason: str, *, sees: str = "watches, does not act") -> None:
+        """Watch from now on, and refuse commands. All ranks do so in the same step.
+
+        The first call prints `reason`, behind what the agent still `sees`.
+        """
         if self._may_not_act:
             return
         self._may_not_act, self.reason = True, reason
-        log_for_job(logger, f"watches, does not act: {reason}")
+        log_for_job(logger, f"{sees}: {reason}")
         state = self._lifecycle.state
         if isinstance(state, Acting):
             self._lifecycle.enter(Watching(state.rank, state.layout))

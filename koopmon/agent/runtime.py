@@ -123,6 +123,8 @@ class AgentRuntime:
         self._num_models = 1
         self._beside: list[AgentRuntime] = []
         """Watch the other stacks of the model that train, each as a run of its own."""
+        self.late_beside = ""
+        """The stack beside which this one is watched, if that is told once it is verified."""
         self._roles = Roles(
             model,
             self.optimizers,
@@ -294,6 +296,7 @@ class AgentRuntime:
         self._clock.num_steps += self.stats.step - step
 
     def on_output(self, output: Any) -> None:
+        self._unhooked.forward_ended()
         self._scalars.note_output(output)
 
     def on_graph_forward(self) -> None:
@@ -334,7 +337,14 @@ class AgentRuntime:
         self._compiled_step = True
         self._unhooked.changed(self._clock.num_steps)
         self.taps.follow_wrapper()
-        self._roles.stop_acting("the optimizer's step is compiled; call it outside of torch.compile")
+        if self.taps.runs_unseen:
+            reason = (
+                "the model and the optimizer's step run inside compiled functions, which call no hooks;"
+                " compile the model or the loss instead"
+            )
+            self._roles.stop_acting(reason, sees="no snapshots and no commands")
+        else:
+            self._roles.stop_acting("the optimizer's step is compiled; call it outside of torch.compile")
 
     def _end_compiled_step(self) -> None:
         """End a step whose optimizers have called no hooks."""
@@ -352,10 +362,15 @@ class AgentRuntime:
         self._roles.describe(num_layers=stack.num_layers, width=width, update_exponent=update_exponent)
         blocks = f"{len(stack.points)} blocks of {stack.name or 'the model'}"
         logger.info("koopmon: taps %s, found by %s%s", blocks, source(self.adapter), _FORMS[stack.form])
+        if self.late_beside:
+            self._tell_beside(self.late_beside, f"{stack.name} as run {self._roles.run}")
         self._watch_beside(stack, self.taps.beside[: MAX_STACKS - 1])
 
-    def _watch_beside(self, kept: Stack, stacks: Sequence[Stack]) -> None:
-        """Watch further stacks of the model, each as a run of its own. Actions follow the risk of `kept` alone."""
+    def _watch_beside(self, kept: Stack, stacks: Sequence[Stack], *, verified: bool = True) -> None:
+        """Watch further stacks of the model, each as a run of its own. Actions follow the risk of `kept` alone.
+
+        Those that are not `verified` are told once they are.
+        """
         model, named = self._model(), self._roles.run or default_run_name()
         if model is None or not stacks:
             return
@@ -376,18 +391,23 @@ class AgentRuntime:
             other.stats.step, other.stats.measured = self.stats.step, self.stats.measured
             other.stats.named = self.stats.named
             self._beside.append(other)
+            other.late_beside = "" if verified else kept.name
         self.share_budget(self._num_models)
-        shown = ", ".join(f"{stack.name} as run {run}" for stack, run in zip(stacks, names, strict=True))
+        if verified:
+            shown = ", ".join(f"{stack.name} as run {run}" for stack, run in zip(stacks, names, strict=True))
+            self._tell_beside(kept.name, shown)
+
+    def _tell_beside(self, kept: str, shown: str) -> None:
         log_for_job(
             logger,
-            f"watches {kept.name}, and {shown}; actions follow {kept.name} alone, the stack that is "
+            f"watches {kept}, and {shown}; actions follow {kept} alone, the stack that is "
             "deepest or nearest to the loss; [model] stack names another one",
             level=logging.INFO,
         )
 
     def on_stacks_train(self, stacks: tuple[Stack, ...]) -> None:
         if (kept := self.taps.stack) is not None:
-            self._watch_beside(kept, stacks[: MAX_STACKS - 1 - len(self._beside)])
+            self._watch_beside(kept, stacks[: MAX_STACKS - 1 - len(self._beside)], verified=False)
 
     def _find_again(self, model: nn.Module) -> Selection:
         """Return the candidates of the model, whose blocks have changed. The runs of further stacks end."""
@@ -548,7 +568,7 @@ class AgentRuntime:
         """Tell the taps and the actions about the step that begins."""
         step, stack, sender = self.stats.step, self.taps.stack, state.rank.sender
         due = None
-        if state.after_step(step) and stack is not None and sender is not None:
+        if (state.after_step(step) or self.taps.waits) and stack is not None and sender is not None:
             if sender.io_thread.connected:
                 due = sender.sampler, self.lifecycle.at_step(step)
             else:

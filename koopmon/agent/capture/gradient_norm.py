@@ -32,7 +32,10 @@ class GradientNorm:
                 continue
             if type(gradient) is not Tensor and hasattr(gradient, "to_local"):
                 self._unknown = True  # the norm of a DTensor needs the other ranks
-            new[id(each)] = gradient.coalesce().values() if gradient.is_sparse else gradient
+            if gradient.is_sparse:
+                gradient = gradient.coalesce().values()
+            # The norm of complex numbers has no wider type.
+            new[id(each)] = torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
         seen.update(new)
         gradients = list(new.values())
         # A CUDA graph would repeat captured work in every replay.

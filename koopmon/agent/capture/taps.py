@@ -12,6 +12,7 @@ block where the loop bypasses the root.
 from __future__ import annotations
 
 import functools
+import threading
 import time
 import weakref
 from collections import Counter
@@ -46,6 +47,10 @@ MAX_MISSED = 3
 """Consecutive snapshots missed by the taps before one warning."""
 MAX_RESTED = 16
 """Forwards without a step after which the forwards are followed again."""
+MAX_RESTORED = 16
+"""Times that hooks are put back that others have removed."""
+MAX_WAITED = 20
+"""Steps that a snapshot waits for a call of the blocks, as those of a generator while its critic trains."""
 MAX_CHANGES = 16
 """Changes of the blocks that are followed."""
 MAX_UNVERIFIED = 3
@@ -94,6 +99,8 @@ class ResidualTaps:
         """Other stacks that train, found with the verified one."""
         self.later: tuple[Stack, ...] = ()
         """Further stacks of the optimizers' parameters that did not train then."""
+        self._begun: tuple[Stack, ...] = ()
+        """Those of them that train since the last step: the next forward reports them."""
         self._obstacle = ""
         self.in_graph = False
         """True if the blocks run inside a compiled graph."""
@@ -101,8 +108,14 @@ class ResidualTaps:
         """Changes to the stream in this step."""
         self._num_missed = 0
         self._num_changes = self._num_unverified = 0
-        self._was_restored = False
-        """True if hooks were put back that others had removed."""
+        self._num_restored = 0
+        """Times that hooks were put back that others had removed."""
+        self._num_waited = 0
+        """Steps that the snapshot that is due has waited for a call of the blocks."""
+        self._gradient: tuple[weakref.ref[Tensor], int] | None = None
+        """A gradient of the stack when the snapshot became due, with its version."""
+        self.waits = False
+        """True if a snapshot was due in the last step, and the step has called no block with gradients."""
         self._always_hooked = False
         """True if the hooks of the blocks stay in the steps without work for them."""
         self._resting = False
@@ -110,6 +123,10 @@ class ResidualTaps:
         self._num_rested = 0
         """Forwards of the root since the last step edge, while resting."""
         self._in_root = False
+        self._root_trains: bool | None = None
+        """The mode of a root that was called without gradients, until a block of it runs with some."""
+        self._thread = 0
+        """The thread of the forward that has entered the root."""
         self._last_layer: int | None = None
         """The layer that was called last by a loop that bypasses the root; None after a step edge."""
         self._trains_in_eval = False
@@ -130,6 +147,15 @@ class ResidualTaps:
                 if wrapper is not model:
                     self._root_handles.append(add_pre_hook(wrapper, self._breaker.hook(self._enter_root)))
                     self._root_handles.append(add_hook(wrapper, self._breaker.hook(self._leave_root)))
+
+    @property
+    def runs_unseen(self) -> bool:
+        """True if the blocks run in a graph, and no module outside of it is called."""
+        model = self._model()
+        wrapper = model is not None and any(
+            each is not model for each in wrappers(model, torch._dynamo.OptimizedModule)
+        )
+        return self._graphs.traced and not wrapper and not self.num_forwards
 
     def _watch(self, selection: Selection) -> None:
         """Tap the candidates of `selection`. The next training forward verifies which of them is a chain."""
@@ -198,23 +224,24 @@ class ResidualTaps:
         self._capture.abandon()
         for name in self._hooks:
             self._untap(name)
-        self.stack, self.beside, self.later, self.in_graph = None, (), (), False
-        self._obstacle, self._injections, self._num_missed = "", (), 0
+        self.stack, self.beside, self.later, self._begun, self.in_graph = None, (), (), (), False
+        self._obstacle, self._injections, self._num_missed, self._num_waited = "", (), 0, 0
         self._watch(selection)
         self._listener.adapter_replaced(selection)
         return True
 
     def _restore_hooks(self) -> None:
-        """Put the hooks back that others have removed, once."""
-        if self._was_restored:
-            return
+        """Put the hooks back that others have removed, MAX_RESTORED times."""
         gone = [hook for hook in self._root_handles if hook.is_gone]
+        if self._num_restored == MAX_RESTORED:
+            return
         for hook in gone:
             hook.restore()
         restored = [each.restore() for each in self._hooks.values()]
         if gone or any(restored):
-            self._was_restored = True
-            log_for_job(logger, f"the hooks of {type(self._model()).__name__} were removed, and are back")
+            self._num_restored += 1
+            if self._num_restored == 1:
+                log_for_job(logger, f"the hooks of {type(self._model()).__name__} were removed, and are back")
 
     def remove(self, reason: str = "") -> None:
         """Remove every hook from the model. Idempotent."""
@@ -237,7 +264,8 @@ class ResidualTaps:
     def _give_up(self, reason: str) -> None:
         self.remove(reason)
         self._stats.taps_missing += 1
-        log_for_job(logger, f"no snapshots, training goes on: {reason}")
+        if self._find_again is not None:  # a further stack that is no chain was not announced
+            log_for_job(logger, f"no snapshots, training goes on: {reason}")
 
     @property
     def due(self) -> bool:
@@ -247,7 +275,8 @@ class ResidualTaps:
     @property
     def is_free(self) -> bool:
         """True if a chain is verified, and the next forwards have no work."""
-        return self.stack is not None and self._capture.due is None and not self._injections and not self.failure
+        has_work = self._capture.due is not None or self._injections or self._begun
+        return self.stack is not None and not has_work and not self.failure
 
     @property
     def obstacle(self) -> str:
@@ -307,7 +336,13 @@ class ResidualTaps:
             return
         uncalled = not self.num_forwards and not self._resting
         learned = self._trains_in_eval and not self.num_forwards  # the next forward counts as training
-        if self._capture.due is not None or (self.stack is None and not self.num_forwards and not learned):
+        in_turn = self._trains_in_turn()
+        self.waits = in_turn and self._num_waited < MAX_WAITED
+        if self.waits:
+            self._num_waited += 1
+        elif self._find_again is None and (in_turn or self.stack is None):
+            pass  # a further stack may not train in this step, or not any more
+        elif self._capture.due is not None or (self.stack is None and not self.num_forwards and not learned):
             self._missed()
         self.num_forwards, self._in_root, self._last_layer = 0, False, None
         self._seen.clear()
@@ -319,6 +354,9 @@ class ResidualTaps:
         if self.later and self.stack is not None:
             self._look_later()
         self._capture.due = None if self.stack is None else due
+        if self.stack is not None and due is not None:
+            gradient = _gradient(self.stack)
+            self._gradient = None if gradient is None else (weakref.ref(gradient), _version(gradient))
         self._injections = injections if injections and not self.obstacle else ()
         if self.stack is not None and due is not None and self._graphs.holds(self.stack):
             sampler, training = due
@@ -335,16 +373,21 @@ class ResidualTaps:
             else:
                 self._hooks[self.stack.name].pause()
 
+    def _trains_in_turn(self) -> bool:
+        """Return True if a snapshot is due, and the step has called no block and given it no gradient."""
+        if self._capture.due is None or self.stack is None or self._graphs.traced or compiles():
+            return False
+        gradient, before = _gradient(self.stack), self._gradient
+        if gradient is None:
+            return True
+        return before is not None and before[0]() is gradient and before[1] == _version(gradient)
+
     def _look_later(self) -> None:
-        """Report further stacks once they have gradients, as a generator that trains in turn."""
-        found = [
-            stack
-            for stack in self.later
-            if any(each.grad is not None for each in stack.points[len(stack.points) // 2].module.parameters())
-        ]
+        """Find further stacks once they have gradients, as a generator that trains in turn."""
+        found = [stack for stack in self.later if _gradient(stack) is not None]
         if found:
             self.later = tuple(stack for stack in self.later if stack not in found)
-            self._listener.on_stacks_train(tuple(found))
+            self._begun += tuple(found)
 
     def rest(self) -> None:
         """Follow no forward until work is due, unless a compiled graph must find the hooks."""
@@ -385,6 +428,8 @@ class ResidualTaps:
                 "its blocks now run in a graph without taps, as after a second model of its class was compiled;"
                 " compile the blocks one by one, block = torch.compile(block)"
             )
+        if self._num_restored == MAX_RESTORED:
+            return "its hooks were removed again and again"
         if self.num_forwards and self.stack is None:
             return (
                 "its blocks are not called: attach to the module that the loop calls, after any block has been replaced"
@@ -406,13 +451,14 @@ class ResidualTaps:
             if self._num_rested > MAX_RESTED:  # the optimizer may be another one, or step without its hooks
                 self._listener.on_no_step()
             return
-        if recomputing():
+        if recomputing() or self._is_elsewhere():
             return
         if is_foreign():
             self._seen["transformed"] += 1
             return
         self._begin_forward(module.training, torch.is_grad_enabled())
-        self._in_root = True
+        self._root_trains = None if torch.is_grad_enabled() else module.training
+        self._in_root, self._thread = True, threading.get_ident()
         if self.stack is not None and self._phase in (ForwardPhase.SNAPSHOT, ForwardPhase.INJECTING):
             self._mask = self._adapter.token_mask(module, args, kwargs, self.stack)
 
@@ -428,6 +474,9 @@ class ResidualTaps:
             return
         self._trains_in_eval = not training
         self._listener.on_forward()  # may end the step before, which counts its forwards
+        if self._begun:  # not in the hook of an optimizer, whose other hooks are the same for all of its call
+            begun, self._begun = self._begun, ()
+            self._listener.on_stacks_train(begun)
         self.num_forwards += 1
         if self.stack is None:
             self._search.verifier.reset()
@@ -438,7 +487,7 @@ class ResidualTaps:
             self._phase = ForwardPhase.INJECTING
 
     def _leave_root(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not recomputing() and not is_foreign():
+        if not recomputing() and not is_foreign() and not self._is_elsewhere():
             self._in_root = False
             self._end_forward(complete=True)
             if torch.is_grad_enabled():
@@ -518,6 +567,10 @@ class ResidualTaps:
 
     def on_enter(self, hooks: BlockHooks, point: Point, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         off = self._phase is ForwardPhase.IDLE and not self._injections
+        if off and self._in_root and self._enables_gradients():
+            training, self._root_trains = bool(self._root_trains), None
+            self._begin_forward(training, True)
+            off = self._phase is ForwardPhase.IDLE
         if off and (self._in_root or recomputing() or not self._is_new_forward(point)):
             return
         if self._hears(hooks):
@@ -526,6 +579,12 @@ class ResidualTaps:
             except PluginError as error:
                 if not self._replace_adapter(error):
                     raise
+
+    def _enables_gradients(self) -> bool:
+        """Return True for the first call with gradients in a forward whose root was called without them."""
+        if self._root_trains is None or not torch.is_grad_enabled() or recomputing() or self._is_elsewhere():
+            return False
+        return not is_foreign()
 
     def on_leave(self, hooks: BlockHooks, point: Point, output: Any) -> Any:
         if (self._phase is ForwardPhase.IDLE and not self._injections) or not self._hears(hooks):
@@ -548,7 +607,12 @@ class ResidualTaps:
 
     def _hears(self, hooks: BlockHooks) -> bool:
         """Return False for a removed hook, which may still be called in this forward, and in a foreign forward."""
-        return self._selection is hooks.selection and not hooks.ended and not is_foreign()
+        known = self._selection is hooks.selection and not hooks.ended
+        return known and not is_foreign() and not self._is_elsewhere()
+
+    def _is_elsewhere(self) -> bool:
+        """Return True in another thread than that of the open forward, as for a validation beside the training."""
+        return self._in_root and threading.get_ident() != self._thread
 
     def _enter(self, stack: Stack, point: Point, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         again, kept = recomputing(), self.stack
@@ -604,7 +668,7 @@ class ResidualTaps:
 
     def _on_captured(self, snapshot: RankSnapshot | None) -> None:
         self._phase = ForwardPhase.INJECTING if self._injections else ForwardPhase.IDLE
-        self._num_missed = 0
+        self._num_missed = self._num_waited = 0
         if snapshot is not None:
             self._listener.on_snapshot_ready(snapshot)
 
@@ -617,3 +681,13 @@ class ResidualTaps:
         if current is state:
             return None
         return with_block_output(self._adapter, kept, point.module, output, current)
+
+
+def _gradient(stack: Stack) -> Tensor | None:
+    """Return the first gradient in the middle block of `stack`."""
+    middle = stack.points[len(stack.points) // 2].module
+    return next((each.grad for each in middle.parameters() if each.grad is not None), None)
+
+
+def _version(gradient: Tensor) -> int:
+    return 0 if gradient.is_inference() else gradient._version

@@ -21,7 +21,7 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 class UpdateRms:
     """RMS over parameters of ||g|| / ||sqrt(v)||, with bias-corrected second moments v. It stays on the device.
 
-    Of a sharded parameter this rank's part counts. No gradient or moment is copied.
+    Of a sharded parameter this rank's part counts. Complex parameters do not count. No gradient or moment is copied.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ def _pairs(optimizer: Optimizer, group: dict[str, Any]) -> tuple[list[int], list
     moments: list[Tensor] = []
     for parameter in group["params"]:
         gradient, moment = parameter.grad, optimizer.state.get(parameter, _NOTHING).get(SECOND_MOMENT)
-        if gradient is None or not isinstance(moment, Tensor) or gradient.is_sparse:
+        if gradient is None or not isinstance(moment, Tensor) or gradient.is_sparse or gradient.is_complex():
             continue
         if not type(gradient) is type(moment) is Tensor:
             gradient, moment = _local(gradient), _local(moment)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from koopmon.agent.autoload import _MARK, _Watch
 from koopmon.agent.runtime import AgentRuntime
-from tests.agent.instances.battery import Net, loss_of, sgd, update
+from tests.agent.instances.battery import Net, V, loss_of, sgd, tokens, update
 from tests.agent.scripted_monitor import ScriptedMonitor
 
 Script = Callable[[], Iterator[Tensor]]
@@ -180,6 +180,25 @@ def a_finder_of_the_rate_before_the_training() -> Iterator[Tensor]:
         yield from steps(model, trial, 1, step)
     model.load_state_dict(state)
     yield from steps(model, sgd(model), 6)
+
+
+@case(1)
+def a_loss_with_weights_of_its_own() -> Iterator[Tensor]:
+    """As a margin loss: its classes are weights beside the model, under the same optimizer."""
+    model, classes = Net(), nn.Parameter(torch.randn(V, V))
+    optimizer = torch.optim.SGD([{"params": model.parameters()}, {"params": [classes], "lr": 0.1}], lr=0.02)
+    for step in range(10):
+        batch = tokens(step)
+        logits = model(batch).flatten(0, 1) @ classes
+        yield update(nn.functional.cross_entropy(logits, batch.flatten()), optimizer)
+
+
+@case(1)
+def weights_of_tasks_beside_the_model() -> Iterator[Tensor]:
+    model, scales = Net(), nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.Adam([*model.parameters(), scales])
+    for step in range(10):
+        yield update((loss_of(model, step) * torch.exp(-scales) + scales).sum(), optimizer)
 
 
 @pytest.mark.filterwarnings("ignore")
