@@ -46,12 +46,20 @@ def take_lock(path: Path) -> IO[bytes]:
     try:
         lock = locked(place)
     except BlockingIOError:
-        owner = one_line(place.read_text(encoding="utf-8", errors="replace").strip(), 20) or "unknown"
-        raise StoreError(f"store {path}: in use by another monitor (pid {owner}): choose another file") from None
-    lock.truncate(0)
-    lock.write(b"%d\n" % os.getpid())
-    lock.flush()
+        owner, _, page = place.read_text(encoding="utf-8", errors="replace").partition("\n")
+        where = f", its page is {one_line(page.strip(), 200)}" if page.strip() else ""
+        owner = one_line(owner, 20) or "unknown"
+        raise StoreError(f"store {path}: in use by another monitor (pid {owner}){where}: choose another file") from None
+    name_owner(lock)
     return lock
+
+
+def name_owner(lock: IO[bytes], page: str = "") -> None:
+    """Write the process id of this monitor and the address of its `page` into the lock file, for others that start."""
+    lock.seek(0)
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n{page}\n".encode())
+    lock.flush()
 
 
 def release_lock(path: Path, lock: IO[bytes]) -> None:

@@ -7,6 +7,7 @@ They are written first after the pause.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -27,6 +28,7 @@ from koopmon.files import is_still_there
 from koopmon.history.database import (
     is_damage,
     lock_file,
+    name_owner,
     open_database,
     release_lock,
     set_aside,
@@ -127,6 +129,11 @@ class Journal:
     @property
     def recording(self) -> bool:
         return self._paused_at is None
+
+    def served_at(self, page: str) -> None:
+        """Tell other monitors that want this file the address of the page of this one."""
+        with contextlib.suppress(OSError, ValueError):  # a full disk, or a lock that is closed
+            name_owner(self._lock, page)
 
     def take_lost(self) -> int:
         """Return the number of records lost since the last call."""

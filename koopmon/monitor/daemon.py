@@ -156,6 +156,7 @@ class Monitor:
         scheme = "http" if self._tls is None else "https"
         outputs = self._open_notifier(stack, outputs, f"{scheme}://{reachable(http)}/")
         self._open_pipeline(stack, outputs, agents)
+        outputs.history.served_at(f"{scheme}://{reachable(http)}/")
         stack.callback(LiveBackfill(outputs.live_state, self.store_path).close)
         instance = f"{platform.node()}:{http.rpartition(':')[2]}"
         if (push := open_push(registry, os.environ, instance)) is not None:

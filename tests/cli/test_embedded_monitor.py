@@ -207,13 +207,14 @@ def test_a_second_job_of_the_same_name_is_told_plainly_and_leaves_the_first_its_
 ) -> None:
     body = LOOK + "import sys; sys.stdin.read()"
     first = koopmon.start("run", "--run", "same", "--", PYTHON, "-S", "-c", body)
-    json.loads(first.stdout.readline())
+    page = json.loads(first.stdout.readline())["http"]
     log = tmp_path / "state" / "koopmon" / "runs" / "same.sqlite3.log"
     before = log.read_bytes()
     second = koopmon("run", "--run", "same", "--", PYTHON, "-S", "-c", UNTIL_THE_MONITOR_IS_GONE + "print('on')")
     assert (second.returncode, second.stdout) == (0, b"on\n")
     (unguarded,) = [line for line in second.stderr.decode().splitlines() if "unguarded" in line]
     assert "same.sqlite3: in use by another monitor (pid " in unguarded
+    assert f"its page is http://{page}/" in unguarded
     assert before
     assert log.read_bytes().startswith(before)
     first.communicate(timeout=60)

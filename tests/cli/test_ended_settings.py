@@ -46,14 +46,14 @@ def test_a_job_that_ended_hands_over_nothing(tmp_path: Path, signals: tuple[sign
 
 @pytest.mark.parametrize(
     ("status", "parent", "left"),
-    [(0, os.getpid(), False), (0, 1, True), (9, os.getpid(), True), (0, None, True)],
+    [(0, "own", False), (0, "other", True), (9, "own", True), (0, None, True)],
 )
 def test_a_training_that_leaves_by_exit_of_the_system_has_ended(
-    tmp_path: Path, status: int, parent: int | None, left: bool
+    tmp_path: Path, status: int, parent: str | None, left: bool
 ) -> None:
     """Only if the job's process is the training's own: the status of a pipeline is that of its last program."""
     kept = tmp_path / "mine.settings"
-    kept.write_text(json.dumps({"run": "mine", "writer": None if parent is None else [2, 3, parent]}))
+    kept.write_text(json.dumps({"run": "mine", "writer": None if parent is None else [2, 3, os.getpid() if parent == "own" else 1]}))
     assert run_with_settings(str(tmp_path), "mine", lambda _: status) == status
     assert kept.exists() is left
 

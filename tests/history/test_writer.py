@@ -219,6 +219,9 @@ def test_a_store_has_one_writer(store: HistoryWriter, path: Path) -> None:
         HistoryWriter.open(path)
     assert caught.value.exit_status == 2
     assert "\n" not in str(caught.value)
+    store.served_at("http://127.0.0.1:9464/")
+    with pytest.raises(StoreError, match=f"pid {os.getpid()}\\), its page is http://127.0.0.1:9464/: choose"):
+        HistoryWriter.open(path)
 
 
 def test_the_lock_goes_with_the_writer(store: HistoryWriter, path: Path) -> None:
