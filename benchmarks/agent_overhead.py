@@ -6,7 +6,8 @@ hooks, but shares the interpreter with the agent's sending thread. On the CPU, t
 under DistributedDataParallel; on a GPU, and with the tiny model, one process trains. A real monitor computes spectra
 beside them, at nice 19 or (`--monitor idle`) in the idle class of the scheduler, which is close to a monitor on another
 host. It sends no commands. Each cadence has processes of its own: the default one, measured after its dense warm-up,
-and a snapshot every `--every` steps.
+and a snapshot every `--every` steps. The copies for a rewind have a bound of their own, a quarter of a percent of the
+step time; `--no-copies` leaves them out.
 
 The results are from rank 0, with 95% bootstrap intervals over pairs of blocks:
 
@@ -87,7 +88,8 @@ class Training:
         self.agent: Any = None
         if endpoint is not None:
             sparse = {"cadence": {"dense_every": args.every, "calm_every": args.every}}
-            config = sparse if args.cadence == "sparse" else {}
+            config: dict[str, Any] = sparse if args.cadence == "sparse" else {}
+            config |= {} if args.copies else {"limits": {"max_rewinds": 0}}
             self.agent = koopmon.attach(
                 self.model, self.optimizer, endpoint=endpoint, run="agent-overhead", config=config
             )
@@ -246,8 +248,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--block", type=int, default=10, help="steps between switches")
     parser.add_argument("--warmup", type=int, default=WARMUP_STEPS, help="steps of each training before them")
     parser.add_argument("--monitor", choices=["nice", "idle"], default="nice", help="nice 19, or the idle class")
+    parser.add_argument("--no-copies", dest="copies", action="store_false", help="take no copies for a rewind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="default benchmarks/results/agent_overhead.json; _tiny, _cuda, _idle")
+    parser.add_argument(
+        "--out", type=Path, help="default benchmarks/results/agent_overhead.json; _tiny, _cuda, _idle, ..."
+    )
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--endpoint", help=argparse.SUPPRESS)
     parser.add_argument("--rows", help=argparse.SUPPRESS)
@@ -278,7 +283,8 @@ def main() -> int:
         status = {name: found["status"][name] for name in ("sent", "dropped", "overhead_ratio", "control_ready")}
         clocks = {clock: analyse(found["rows"], args.block, at, args.seed) for clock, at in (("wall", 2), ("cpu", 3))}
         measured[cadence] = {**clocks, "agent": status}
-    names = ("device", "d", "layers", "ranks", "batch", "context", "every", "steps", "block", "warmup", "monitor")
+    names = ["device", "d", "layers", "ranks", "batch", "context", "every", "steps", "block", "warmup"]
+    names += ["monitor", "copies"]
     result = {
         "provenance": provenance(args.seed),
         "settings": {name: getattr(args, name) for name in names},
@@ -287,6 +293,7 @@ def main() -> int:
         "cadences": measured,
     }
     suffix = ("" if args.shape == "small" else f"_{args.shape}") + ("" if args.monitor == "nice" else "_idle")
+    suffix += "" if args.copies else "_no_copies"
     out = args.out or RESULTS / f"agent_overhead{suffix}.json"
     out.write_text(json.dumps(result, indent=2) + "\n")
     report(result)

@@ -302,8 +302,9 @@ class ChainVerifier:
         if trace.calls or trace.stack.form != "chain" or len(trace.stack.points) < 2:
             return False
         own = {module for point in trace.stack.points for module in point.module.modules()}
-        others = (each.stack for each in self._traces.values() if each is not trace and each.stack.form == "chain")
-        return all(own.isdisjoint(point.module.modules()) for stack in others for point in stack.points)
+        others = (each for each in self._traces.values() if each is not trace)
+        stacks = (each.stack for each in others if each.calls or each.stack.form == "chain")
+        return all(own.isdisjoint(point.module.modules()) for stack in stacks for point in stack.points)
 
     def _trains(self, trace: _Trace, trained: Collection[int]) -> bool:
         return bool(trained_layers(trace.stack, trained)) and _in_gradients(trace)

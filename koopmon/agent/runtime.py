@@ -124,7 +124,7 @@ class AgentRuntime:
         self._beside: list[AgentRuntime] = []
         """Watch the other stacks of the model that train, each as a run of its own."""
         self.late_beside = ""
-        """The stack beside which this one is watched, if that is told once it is verified."""
+        """The stack beside which this one is watched, for a line once it is verified; else empty."""
         self._roles = Roles(
             model,
             self.optimizers,

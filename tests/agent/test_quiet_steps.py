@@ -25,9 +25,9 @@ EVERY = 12
 SNAPSHOTS = [1, 13, 25]
 """Steps with a snapshot, of the first thirty."""
 CONFIG = {"cadence": {"dense_every": 1, "warmup_steps": 1, "calm_every": EVERY}}
-MAX_CALLS = 20
+MAX_CALLS = 24
 """Python calls of koopmon's code in a quiet step, whatever the model. Before there were quiet steps, there were 180."""
-MAX_SNAPSHOT_CALLS = 460
+MAX_SNAPSHOT_CALLS = 480
 """The same in a step with a snapshot, of a model of three blocks."""
 
 

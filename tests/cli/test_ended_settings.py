@@ -53,7 +53,9 @@ def test_a_training_that_leaves_by_exit_of_the_system_has_ended(
 ) -> None:
     """Only if the job's process is the training's own: the status of a pipeline is that of its last program."""
     kept = tmp_path / "mine.settings"
-    kept.write_text(json.dumps({"run": "mine", "writer": None if parent is None else [2, 3, os.getpid() if parent == "own" else 1]}))
+    kept.write_text(
+        json.dumps({"run": "mine", "writer": None if parent is None else [2, 3, os.getpid() if parent == "own" else 1]})
+    )
     assert run_with_settings(str(tmp_path), "mine", lambda _: status) == status
     assert kept.exists() is left
 
