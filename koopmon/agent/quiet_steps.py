@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from koopmon.agent.capture.taps import ResidualTaps
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.step_clock import StepClock
-from koopmon.agent.lifecycle import LifeCycle
+from koopmon.agent.lifecycle import LifeCycle, RankedState
 from koopmon.agent.stats import AgentStats
 
 MIN_STEPS = 2
@@ -50,7 +50,7 @@ class QuietSteps:
             self._last_step, self._last_rate = next_step - 1, None
             self._calls = self._clock.calls_of(optimizer)
             self.on = True
-            self._taps.rest()
+            self._taps.rest(has_ranks=isinstance(self._state, RankedState) and self._state.rank.world.size > 1)
 
     def end(self) -> None:
         """End the quiet steps. The hooks see the forwards again."""

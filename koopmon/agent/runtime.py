@@ -521,9 +521,8 @@ class AgentRuntime:
     def _begin_quiet(self, optimizer: Optimizer) -> None:
         """Leave out the work of the steps that have none, up to the next snapshot, copy or exchange."""
         state, taps = self.lifecycle.state, self.taps
-        # With several ranks, one that does not step takes part in the exchanges at its forwards.
-        alone = isinstance(state, Watching) and state.rank.world.size == 1
-        if alone and taps.is_free and not self._compiled_step and self._hooked.is_only(optimizer):
+        watches = isinstance(state, Watching)
+        if watches and taps.is_free and not self._compiled_step and self._hooked.is_only(optimizer):
             self._quiet.begin(optimizer, state.next_work(self.stats.step))
 
     def _end_step(self) -> None:

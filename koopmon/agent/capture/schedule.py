@@ -74,6 +74,10 @@ class SnapshotSchedule:
             every = min(every, max(state.cadence_steps, config.dense_every))
         return every * math.ceil(self._stats.stride_limit.at(step) / every)
 
+    def steps_since(self, step: int) -> int:
+        """Return the number of steps since the last snapshot that was due; 0 before the first one."""
+        return 0 if self._last is None else max(0, step - self._last)
+
     def next_change(self, step: int, state: ControlState) -> int:
         """Return the first step after `step` from which on the interval may be another one, or `LAST` for none."""
         known = (self._config.warmup_steps, state.cadence_until_step + 1, self._stats.stride_limit.from_step)

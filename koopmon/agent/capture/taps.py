@@ -34,7 +34,7 @@ from koopmon.agent.capture.structure import Structure, same_blocks
 from koopmon.agent.capture.tap_events import ForwardPhase, TapEvents
 from koopmon.agent.circuit_breaker import CircuitBreaker, is_foreign, logger
 from koopmon.agent.control.action import Injection
-from koopmon.agent.parallelism import wrappers
+from koopmon.agent.parallelism import takes_uneven_inputs, wrappers
 from koopmon.agent.stats import AgentStats
 from koopmon.api import Observable, Point, Stack
 from koopmon.errors import KoopmonError, PluginError
@@ -120,6 +120,7 @@ class ResidualTaps:
         """True if the hooks of the blocks stay in the steps without work for them."""
         self._resting = False
         """True in steps without work, whose forwards are not followed."""
+        self._has_ranks = False
         self._num_rested = 0
         """Forwards of the root since the last step edge, while resting."""
         self._in_root = False
@@ -389,8 +390,12 @@ class ResidualTaps:
             self.later = tuple(stack for stack in self.later if stack not in found)
             self._begun += tuple(found)
 
-    def rest(self) -> None:
-        """Follow no forward until work is due, unless a compiled graph must find the hooks."""
+    def rest(self, *, has_ranks: bool = False) -> None:
+        """Follow no forward until work is due, unless a compiled graph must find the hooks.
+
+        With several ranks the begin of DDP's `join()` is work.
+        """
+        self._has_ranks = has_ranks
         if not self._always_hooked and not self._resting and not compiles():
             self._resting, self._num_rested = True, 0
             self._root_handles[1].pause()  # the other one sees a compiler before that traces the forward
@@ -448,7 +453,8 @@ class ResidualTaps:
             self._hook_always()
         if self._resting:
             self._num_rested += 1
-            if self._num_rested > MAX_RESTED:  # the optimizer may be another one, or step without its hooks
+            uneven = self._has_ranks and takes_uneven_inputs(module)
+            if self._num_rested > MAX_RESTED or uneven:  # the optimizer may be another one, or step without its hooks
                 self._listener.on_no_step()
             return
         if recomputing() or self._is_elsewhere():

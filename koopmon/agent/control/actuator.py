@@ -43,6 +43,11 @@ SHORT_STEP_SECONDS = 0.25
 On a busy machine an exchange costs the ranks a fraction of a millisecond.
 """
 MAX_EXCHANGE_STEPS = 100
+MAX_CALM_STEPS = 16
+"""Longest interval between two exchanges while no snapshot comes, in steps.
+
+A command follows a snapshot. The longer the last one is ago, the less an exchange is urgent: the interval is as long.
+"""
 MAX_PENDING = 64
 """Commands that may wait for judgement."""
 MAX_REMEMBERED = 4096
@@ -220,10 +225,15 @@ class Actuator:
 
     def next_work(self, step: int) -> int:
         """Return the first step after `step` with work in `before_step` or `after_step`, if no request comes."""
-        if self._incomplete or self._underway or self._requests or self._group is not None:
+        if self._incomplete or self._underway or self._requests:
             return step + 1
         following = min(action.next_work(self.state, step) for action in self._actions.values())
-        return min(following, self._schedule.next_due(step, self.state))
+        if self._group is None:
+            return min(following, self._schedule.next_due(step, self.state))
+        exchange = self._group.next_exchange
+        if exchange is None or exchange > self._agreed_until:
+            return step + 1
+        return min(following, exchange, *(each for each in self._snapshots if each > step))
 
     def _complete(self, step: int) -> None:
         for kind, at_edge in self._at_edge:
@@ -239,7 +249,10 @@ class Actuator:
         state = self._next_state(step)
         seconds = self._stats.step_seconds or EXCHANGE_SECONDS
         least = 2 if seconds < SHORT_STEP_SECONDS else 1
-        following = step + min(max(least, math.ceil(EXCHANGE_SECONDS / seconds)), MAX_EXCHANGE_STEPS)
+        usual = min(max(least, math.ceil(EXCHANGE_SECONDS / seconds)), MAX_EXCHANGE_STEPS)
+        calm = min(self._schedule.steps_since(step), MAX_CALM_STEPS)
+        soon = self._schedule.next_due(step, state) - step + usual  # after the next snapshot
+        following = step + max(usual, min(calm, soon))
         planned = self._schedule.plan(step + 1, following, state)
         return ControlUpdate(
             step=step, state=state, snapshots=(planned.start, planned.stop - 1, planned.step), next_step=following

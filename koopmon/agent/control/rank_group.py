@@ -107,7 +107,8 @@ class RankGroup:
         self._num_paces = 0
         self._least_pace = sys.maxsize
         """Least number of collectives in one of `_num_paces` steps."""
-        self._last_count: int | None = None
+        self._last: tuple[int, int] | None = None
+        """Step and number of collectives at the last look."""
         self._share = share
         self._world = world
         self._timeout_seconds = config.timeout_seconds
@@ -146,18 +147,24 @@ class RankGroup:
         """True while an exchange was launched and not yet received."""
         return self._work is not None
 
+    @property
+    def next_exchange(self) -> int | None:
+        """The step after which the next exchange takes place; None if it is unknown, or work comes before it."""
+        quiet = self.ready and self._work is None and not self.steps_may_differ
+        return self._next if quiet else None
+
     def is_due(self, step: int) -> bool:
-        """Return True if an exchange takes place after `step` optimizer steps. Call it once after each step.
+        """Return True if an exchange takes place after `step` optimizer steps. Call it after each step with work.
 
         The result is the same on all ranks, except for those that do not step.
         """
         if self._collectives is not None:
             count = self._collectives()
-            if self._last_count is not None:
+            if self._last is not None and step <= self._last[0] + 1:
                 self._num_paces += 1
                 # A default group that was made again counts from 0.
-                self._least_pace = min(self._least_pace, max(0, count - self._last_count))
-            self._last_count = count
+                self._least_pace = min(self._least_pace, max(0, count - self._last[1]))
+            self._last = step, count
         return self._is_time(step)
 
     def is_overdue(self, step: int) -> bool:
