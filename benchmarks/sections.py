@@ -109,6 +109,7 @@ def agent_overhead(told: Document) -> list[str]:
         return f"{found['ratio']:.3f} times (95%: {found['low']:.3f} to {found['high']:.3f})"
 
     where = f"on the {settings['device'].upper()}, with the monitor {at}"
+    where += "" if settings.get("copies", True) else " and without copies for a rewind"
     lines = [f"{ranks} a model of D {settings['d']} and L {settings['layers']} {where}."]
     for cadence, found in told["cadences"].items():
         mean, snapshot = found["wall"]["mean_step"], found["wall"]["snapshot_step"]
@@ -381,6 +382,12 @@ def flood_and_kill(told: Document) -> list[str]:
     return table(heading, rows)
 
 
+def restarts(told: Document) -> list[str]:
+    heading = ["killed and restarted", "restarts", "updates after one", "above the rate at the kill", "ranks differ"]
+    columns = ("restarts", "updates", "above", "ranks_differ")
+    return table(heading, [[way, *(f"{row[name]:,}" for name in columns)] for way, row in told["ways"].items()])
+
+
 def monitor_load(told: Document) -> list[str]:
     """Write the measured values beside their goals, and the machine."""
     rows = [
@@ -432,7 +439,7 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "spectral_speed": spectral_speed,
     "spectral_floor": spectral_floor,
     "agent_overhead": agent_overhead,
-    "agent_overhead_idle": agent_overhead,
+    "agent_overhead_no_copies": agent_overhead,
     "norms": norms,
     "fresh": fresh,
     "early_warning": early_warning,
@@ -444,6 +451,7 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "brake": brake,
     "fault_campaign": fault_campaign,
     "flood_and_kill": flood_and_kill,
+    "restarts": restarts,
     "history_size": history_size,
     "alert_lead": alert_lead,
     "monitor_load": monitor_load,

@@ -31,6 +31,7 @@ from benchmarks.matrix.training import (
 )
 from koopmon.token_sampling import choose_rows
 from koopmon.wire.messages import KssSettings
+from tests.agent.models import record_rates
 from tests.agent.scripted_monitor import ScriptedMonitor
 
 STEPS = 5
@@ -185,7 +186,7 @@ def _steer(
     training = Training(cell, rank)
     agent = _attach(cell, training, endpoint, "steered", {"limits": {"act": "always"}} if always else {})
     seen: list[float] = []
-    training.optimizer.register_step_pre_hook(lambda _, args, __: seen.append(args[0].param_groups[0]["lr"]))
+    record_rates(training.optimizer, seen)
     script = _Script(agent, monitor)
     errors: list[float] = []
     scales: list[float] = []

@@ -21,11 +21,12 @@ def glance(report: RunReport) -> dict[str, str]:
 def _facts(report: RunReport) -> Iterator[tuple[str, str]]:
     step, points = report.summary.last_step, report.points
     at = "" if step is None else f" at step {step}"
+    last = at and f", last seen{at}"  # a goodbye has no record of its step
     yield (
         "State",
         {
-            "ended": f"ended{at}",
-            "vanished": f"vanished{at}, without a goodbye",
+            "ended": f"ended{last}",
+            "vanished": f"vanished without a goodbye{last}",
             "running": f"running{at}",
             "unheard": f"no message for a while, last{at or ' at its start'}; its end is not recorded",
         }[report.state],

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from koopmon.agent.circuit_breaker import CircuitBreaker
+
 B, T, D, L = 4, 8, 16, 3
 VOCABULARY = 11
 
@@ -50,15 +52,18 @@ class Model(nn.Module):
         h = self.embedding(tokens) * 1.0
         for block in self.blocks:
             h = block(h) if self.run is None else self.run(block, h)
-        return self.head(h)
+        out: Tensor = self.head(h)
+        return out
 
 
 def checkpointed(block: nn.Module, h: Tensor) -> Tensor:
-    return checkpoint(block, h, use_reentrant=False)
+    out: Tensor = checkpoint(block, h, use_reentrant=False)
+    return out
 
 
 def checkpointed_reentrant(block: nn.Module, h: Tensor) -> Tensor:
-    return checkpoint(block, h, use_reentrant=True)
+    out: Tensor = checkpoint(block, h, use_reentrant=True)
+    return out
 
 
 def build(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Model:
@@ -83,9 +88,15 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, ra
     """Take one step of training; return the loss before it."""
     loss = loss_of(model, batch(step, rank))
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return float(loss.detach())
+
+
+def record_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
+    """Add the rate that moves the weights to `rates` in each step. A hook of the user's would see the user's rate."""
+    hook = CircuitBreaker("a record of rates").hook(lambda _, args, __: rates.append(args[0].param_groups[0]["lr"]))
+    optimizer.register_step_pre_hook(hook)
 
 
 def paced(agent: Any, monitor: Any) -> Callable[[], None]:

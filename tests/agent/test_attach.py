@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 import koopmon
 from koopmon.config import Config, LimitsConfig
 from koopmon.errors import AdapterError, ConfigError, EndpointError
-from tests.agent.models import Model, batch, build, loss_of, train_step
+from tests.agent.models import Model, batch, build, loss_of, record_rates, train_step
 from tests.agent.scripted_monitor import Goodbye, Heartbeat, Hello, ScriptedMonitor
 
 Attach = Callable[..., Any]
@@ -458,7 +458,7 @@ def test_an_optimizer_whose_step_calls_another_is_scaled_once(monitor: ScriptedM
     monitor.wait(lambda: agent.status()["connected"])
     monitor.command("set_lr_scale", lr_scale=0.5)
     rates: list[float] = []
-    optimizer.register_step_pre_hook(lambda _, args, __: rates.append(args[0].param_groups[0]["lr"]))
+    record_rates(optimizer, rates)
 
     def step() -> bool:
         loss_of(model, batch(0)).backward()

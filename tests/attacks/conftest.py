@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import koopmon
-from tests.agent.models import build, train_step
+from tests.agent.models import build, record_rates, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 from tests.keyring import Keyring
 from tests.monitor.conftest import MonitorProcess, ScriptedAgent
@@ -32,9 +32,7 @@ class Training:
         self.agent = koopmon.attach(self.model, self.optimizer, endpoint=endpoint, run=run, config=config)
         self.losses: list[float] = []
         self.rates: list[float] = []
-        self.optimizer.register_step_pre_hook(
-            lambda _, args, __: self.rates.append(float(args[0].param_groups[0]["lr"]))
-        )
+        record_rates(self.optimizer, self.rates)
 
     def until(self, condition: Callable[[], Any], seconds: float = 90.0) -> Any:
         """Train until `condition` is true, and return its value."""

@@ -74,7 +74,7 @@ def test_a_real_run_is_told_and_shown(recorded: Recorded) -> None:
     assert page == "seen/report.html"
     told = dict(line.split(": ", 1) for line in lines)
     # The last snapshot, of step 39 unless the monitor was too busy for a snapshot of every step.
-    assert re.fullmatch(r"ended at step 3\d", told["State"])
+    assert re.fullmatch(r"ended, last seen at step 3\d", told["State"])
     assert told["Risk"].startswith("0.40 or more from step")
     assert told["LR scale"].startswith("down to")
     assert [path.name for path in recorded.page.parent.iterdir()] == ["report.html"]

@@ -12,7 +12,7 @@ from tests.report.recorder import Recorder, guarded
 
 def test_a_guarded_run_at_a_glance(recorder: Recorder) -> None:
     assert glance(guarded(recorder).facts()) == {
-        "State": "ended at step 200",
+        "State": "ended, last seen at step 200",
         "Risk": "0.40 or more from step 40; highest 0.85 at step 40",
         "Loss": "3 at the first high risk, then at most 4.5, 2.8 at the end (first and last: medians)",
         "LR scale": "down to 0.5 by 1 back-off, first at step 42",
@@ -32,7 +32,7 @@ def test_a_run_that_was_left_alone(recorder: Recorder) -> None:
     assert told["Risk"] == "below 0.40 in all snapshots, highest 0.09 at step 9"
     assert told["Actions"] == "none was applied"
     assert told["Loss"] == "3 at first, 3 at the end"
-    assert told["State"] == "ended at step 9"
+    assert told["State"] == "ended, last seen at step 9"
     assert "Effect" not in told
 
 
@@ -80,7 +80,7 @@ def test_what_fell_silent_and_what_was_left_behind(recorder: Recorder) -> None:
     recorder.saw(4, 0.1)
     assert recorder.facts().state == "running"
     recorder.store.record_state(recorder.began, recorder.run, recorder.incarnation, 2)
-    assert glance(recorder.facts())["State"] == "vanished at step 4, without a goodbye"
+    assert glance(recorder.facts())["State"] == "vanished without a goodbye, last seen at step 4"
     recorder.began -= 1000.0
     recorder.store.record_state(recorder.began, recorder.run, recorder.incarnation, 1)
     database = sqlite3.connect(recorder.path)

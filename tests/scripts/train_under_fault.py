@@ -31,6 +31,7 @@ from benchmarks.fault_campaign.training import (
     digest,
     loss_of,
 )
+from tests.agent.models import record_rates
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -87,7 +88,7 @@ def train(args: argparse.Namespace, orders: Orders, log: str, run: str | None = 
     agent = attached(model, optimizer, args, run)
     rates: list[float] = []
     Path(f"{args.out}.{log}.{RANK}.pid").write_text(str(os.getpid()))
-    optimizer.register_step_pre_hook(lambda _, args, __: rates.append(args[0].param_groups[0]["lr"]))
+    record_rates(optimizer, rates)
     with open(f"{args.out}.{log}.{RANK}", "w", buffering=1) as file:
         step = first
         while step < steps:

@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import koopmon
 from koopmon.spectral import kss_basis, kss_gradient, kss_loss
 from koopmon.token_sampling import order_rows, take_rows
-from tests.agent.models import B, T, batch, build, loss_of
+from tests.agent.models import B, T, batch, build, loss_of, record_rates
 
 
 @dataclass
@@ -118,7 +118,7 @@ def train(phase: Phase, rank: int) -> dict[str, Any]:
     seen: list[float] = []
 
     def note_rates() -> None:
-        optimizer.register_step_pre_hook(lambda _, args, __: seen.append(args[0].param_groups[0]["lr"]))
+        record_rates(optimizer, seen)
 
     note_rates()
     trace: dict[str, list[Any]] = {
