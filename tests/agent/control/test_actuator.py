@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.optim import SGD
 from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.action import Completion
-from koopmon.agent.control.actuator import MAX_PENDING, MAX_REMEMBERED, Actuator, CommandResult
+from koopmon.agent.control.actuator import MAX_CALM_STEPS, MAX_PENDING, MAX_REMEMBERED, Actuator, CommandResult
 from koopmon.agent.control.all_actions import make_actions
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rank_group import MESSAGE_BYTES, _encoder
@@ -433,6 +434,7 @@ class Exchange:
 
     splits_tokens = False
     steps_may_differ = False
+    next_exchange: int | None = None
 
     def __init__(self, *, leads: bool = True) -> None:
         self.leads, self.ready, self.in_flight = leads, True, False
@@ -589,6 +591,49 @@ def test_rank_0_plans_the_snapshots_up_to_the_next_exchange() -> None:
     assert update is not None
     assert (update.step, update.next_step) == (1, 11)
     assert list(update.snapshot_steps()) == [2, 5, 8, 11]
+
+
+def test_exchanges_are_rare_while_no_snapshot_comes_and_soon_after_each_one() -> None:
+    """A command follows a snapshot."""
+    every = 40
+    group = Exchange()
+    cadence = {"dense_every": every, "calm_every": every}
+    bench = Bench(from_mapping({"cadence": cadence}), group=group)
+    step, exchanges, snapshots = 1, [], []
+    while step < 2 + 2 * every:
+        bench.stats.tick(0.1)
+        group.due = {step}
+        bench.actuator.after_step(step)
+        update = group.launched[-1]
+        assert update is not None
+        assert bench.actuator.before_step(step) is None
+        exchanges.append(step)
+        snapshots += list(update.snapshot_steps())
+        step = update.next_step
+    assert snapshots == [2, 2 + every, 2 + 2 * every]
+    assert len(exchanges) <= 7 * len(snapshots)
+    for snapshot in snapshots[:-1]:
+        after = [each - snapshot for each in exchanges if snapshot < each <= snapshot + every]
+        assert after[0] <= 2
+        assert max(later - earlier for earlier, later in pairwise([*after, every + 2])) <= MAX_CALM_STEPS
+        assert all(later <= 2 * earlier + 2 for earlier, later in pairwise(after)), "a wait is no longer than its cause"
+
+
+def test_with_several_ranks_the_steps_between_exchanges_have_no_work() -> None:
+    group = Exchange()
+    bench = Bench(from_mapping({"limits": {"max_rewinds": 0}}), group=group)
+    assert bench.actuator.next_work(1) == 2, "no exchange is agreed"
+    group.arriving = ControlUpdate(step=1, state=ControlState(), snapshots=(7, 7, 1), next_step=9)
+    group.in_flight = True
+    bench.actuator.before_step(1)
+    group.next_exchange = 9
+    assert bench.actuator.next_work(2) == 7
+    assert bench.actuator.next_work(7) == 9
+    group.next_exchange = None
+    assert bench.actuator.next_work(2) == 3, "one is in flight, or control is down"
+    group.next_exchange = 9
+    bench.lifecycle.submit(command("set_lr_scale", lr_scale=0.5))
+    assert bench.actuator.next_work(2) == 3, "a command waits"
 
 
 def test_before_any_step_is_timed_an_exchange_follows_the_next_step() -> None:
