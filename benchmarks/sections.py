@@ -385,7 +385,10 @@ def flood_and_kill(told: Document) -> list[str]:
 def restarts(told: Document) -> list[str]:
     heading = ["killed and restarted", "restarts", "updates after one", "above the rate at the kill", "ranks differ"]
     columns = ("restarts", "updates", "above", "ranks_differ")
-    return table(heading, [[way, *(f"{row[name]:,}" for name in columns)] for way, row in told["ways"].items()])
+    rows = [
+        [way, *(f"{row[name]:,}" for name in columns), f"{row['last_factor']:.3f}"] for way, row in told["ways"].items()
+    ]
+    return table([*heading, "LR scale at the end"], rows)
 
 
 def monitor_load(told: Document) -> list[str]:

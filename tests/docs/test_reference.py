@@ -19,6 +19,7 @@ from tests.docs.pages import PAGES, ROOT, blocks
 CLI, CONFIGURATION, PYTHON = command_line.page(), configuration.page(), python_api.page()
 INTERNAL = {
     "KOOPMON_ATTACHED_PID",  # passed between processes of a rank
+    "KOOPMON_READY_FILE",  # passes a file of `koopmon run` to the agents
     "KOOPMON_KEPT_SETTINGS",  # passes a directory of `koopmon run` to the agents
     "KOOPMON_INSECURE_PLAINTEXT_TCP",  # passes the option of `koopmon run` to the agents
 }

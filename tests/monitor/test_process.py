@@ -124,7 +124,7 @@ def test_a_large_snapshot_holds_up_neither_another_run_nor_the_end(
         assert [row.step for row in history.profiles("large")] == [1]
 
 
-@pytest.mark.parametrize("name", ["none/ready", "file/ready", "directory", "x" * 250, "loop/ready"])
+@pytest.mark.parametrize("name", ["none/ready", "file/ready", "directory", "x" * 254, "loop/ready"])
 def test_a_ready_file_that_cannot_be_written_is_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "directory").mkdir()

@@ -75,8 +75,11 @@ class SnapshotSchedule:
         return every * math.ceil(self._stats.stride_limit.at(step) / every)
 
     def steps_since(self, step: int) -> int:
-        """Return the number of steps since the last snapshot that was due; 0 before the first one."""
-        return 0 if self._last is None else max(0, step - self._last)
+        """Return the number of steps since the last snapshot that was planned; 0 before the first one.
+
+        It is negative if that snapshot is still to come.
+        """
+        return 0 if self._last is None else step - self._last
 
     def next_change(self, step: int, state: ControlState) -> int:
         """Return the first step after `step` from which on the interval may be another one, or `LAST` for none."""

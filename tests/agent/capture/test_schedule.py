@@ -75,6 +75,13 @@ def test_no_snapshot_is_due_before_the_next_one_that_is_told(
         assert next_due > step
 
 
+def test_steps_since_the_last_snapshot_are_counted() -> None:
+    cadence = schedule()
+    assert cadence.steps_since(5) == 0
+    last = cadence.plan(6, 6, CALM)[-1]
+    assert [cadence.steps_since(step) for step in (last - 1, last, last + 3)] == [-1, 0, 3]
+
+
 def test_a_change_of_the_interval_counts_from_its_own_step_on() -> None:
     cadence = schedule(CadenceConfig(warmup_steps=5, dense_every=1, calm_every=10), AgentStats())
     assert list(cadence.plan(4, 4, CALM)) == [4]
