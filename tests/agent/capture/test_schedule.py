@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
+from koopmon.agent.capture.schedule import LAST, OverheadBudget, SnapshotSchedule
 from koopmon.agent.control.state import ControlState
 from koopmon.agent.stats import AgentStats, StrideLimit
 from koopmon.config import CadenceConfig
@@ -80,6 +80,15 @@ def test_steps_since_the_last_snapshot_are_counted() -> None:
     assert cadence.steps_since(5) == 0
     last = cadence.plan(6, 6, CALM)[-1]
     assert [cadence.steps_since(step) for step in (last - 1, last, last + 3)] == [-1, 0, 3]
+
+
+def test_the_next_change_of_the_interval_is_the_first_step_with_another_one() -> None:
+    cadence, after = schedule(), CONFIG.warmup_steps + 1
+    asked = ControlState(cadence_steps=1, cadence_until_step=after + 10)
+    assert cadence.next_change(CONFIG.warmup_steps - 1, asked) == CONFIG.warmup_steps
+    assert cadence.next_change(after, asked) == after + 11
+    assert cadence.next_change(after + 10, asked) == after + 11
+    assert cadence.next_change(after + 11, asked) == LAST
 
 
 def test_a_change_of_the_interval_counts_from_its_own_step_on() -> None:
