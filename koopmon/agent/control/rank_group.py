@@ -55,7 +55,7 @@ CONNECT_SECONDS = 5.0
 JOIN_SECONDS = 0.2
 """Longest wait for a background thread that does not wait in torch."""
 WAIT_POLL_SECONDS = 0.002
-"""Interval between two looks at an operation in a background thread."""
+"""First interval between two looks at an operation in a background thread; it grows to POLL_SECONDS."""
 FIRST_PAUSE_SECONDS = 1.0
 """First pause before a group is formed again. It doubles with each failure, up to LAST_PAUSE_SECONDS."""
 LAST_PAUSE_SECONDS = 60.0
@@ -305,9 +305,11 @@ class RankGroup:
 
     def _wait(self, work: Any) -> None:
         """Wait for an operation, whatever its outcome."""
+        pause = WAIT_POLL_SECONDS
         while not work.is_completed():
             _end_with_interpreter()
-            time.sleep(WAIT_POLL_SECONDS)
+            time.sleep(pause)
+            pause = min(2.0 * pause, POLL_SECONDS)
 
     def _form(self, generation: int, pause_seconds: float) -> None:
         self._closed.wait(pause_seconds)
