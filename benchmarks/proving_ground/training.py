@@ -180,8 +180,8 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
             for state in launch.optimizers[-1].state.values():
                 state["exp_avg_sq"].mul_(STALE_FACTOR)
         apart = recipe.rate_apart(step)
-        scheduled = recipe.scheduled_rate(step) * apart  # the agent reports the largest rate of all groups
-        controller.begin(own_step, scheduled)
+        controller.begin(own_step, recipe.scheduled_rate(step), apart)
+        scheduled, apart = controller.scheduled, controller.apart
         due = takes_snapshots and is_due(own_step, controller.dense_until)
         if due:
             recorder.start()
@@ -196,10 +196,10 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
             break
         profile = recorder.stop(step) if due else None
         if due or recipe.arm == "spike":
-            controller.see(own_step, profile, losses[-1], scheduled)
+            controller.see(own_step, profile, losses[-1], scheduled, recorder.logits() if due else ())
         rule(parameters, norm)
         rates.append(scheduled * controller.lr_scale)
-        set_rate(launch.optimizers, rates[-1] / apart, apart)
+        set_rate(launch.optimizers, rates[-1] / max(1.0, apart), apart)
         if due:
             recorder.note_update(launch.optimizers)
         for optimizer in launch.optimizers:
@@ -305,6 +305,10 @@ class Recorder:
 
     def _take_output(self, logits: Tensor) -> None:
         self._log_partition = log_partition(logits, (VOCABULARY,))
+
+    def logits(self) -> list[float]:
+        """Return the largest attention logit of each layer in the last snapshot; empty where none is known."""
+        return [each for each in self._rows[-1]["max_logit"] if math.isfinite(each)]
 
     def note_update(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Add the update RMS of the update that follows, as the agent measures it: after clipping, before the step."""

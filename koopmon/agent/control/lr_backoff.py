@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 
 from koopmon.agent.control.action import ControlAction, RequestRefusedError, Target, Update
 from koopmon.agent.control.optimizer_set import OptimizerSet
+from koopmon.agent.control.rate_shares import from_parameters
 from koopmon.agent.control.scale_proof import ScaleProof, prove
 from koopmon.agent.control.scaled_view import close_view, scaled_view
-from koopmon.agent.control.state import ControlState
+from koopmon.agent.control.state import ActionState, ControlState
 from koopmon.config import LimitsConfig
 from koopmon.plugins import Selection
 from koopmon.wire.messages import MAX_RATE, Applied, Command
@@ -139,20 +140,33 @@ class LrBackoff(ControlAction):
             self.revert()  # a step() raised: its post-hook never ran
         if self.kind not in state.actions:
             return
-        if cap := self.parameters(state):
+        cap = self.parameters(state)
+        self._bound_groups(state.actions.get("rewind") if cap else None)
+        if cap:
             self._follow_peak(int(cap["capped_from"]))
-        if (scale := self.effective(state, step)) != self.neutral:
-            self._scale(update, scale)
+        scale, factors = self.effective(state, step), self._factors(update.optimizer)
+        if scale != self.neutral or any(factor < 1.0 for factor in factors):
+            self._scale(update, scale, factors)
 
-    def _scale(self, update: Update, scale: float) -> None:
-        """Run `update` on a view of its optimizer whose rates are multiplied by `scale` in (0, 1]."""
+    def _bound_groups(self, rewind: ActionState | None) -> None:
+        """Bound the rates of the groups that a rewind under a cap found to have outgrown the others."""
+        shares = {} if rewind is None else from_parameters(rewind.parameters)
+        if shares != self._optimizers.shares:
+            # The peak so far is that of the groups at fault.
+            self._optimizers.shares, self._peak = shares, (-1, 0.0)
+
+    def _factors(self, optimizer: Optimizer) -> list[float]:
+        return self._optimizers.factors(optimizer) if self._optimizers.shares else []
+
+    def _scale(self, update: Update, scale: float, factors: Sequence[float] = ()) -> None:
+        """Run `update` on a view of its optimizer whose rates are multiplied by `scale` and `factors` in (0, 1]."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             return  # a graph would keep the scale for ever; its replays run no step and are only watched
         optimizer = update.optimizer
         known = self._proofs.get(optimizer)
         proof = self._proof(optimizer)
         if not proof.refusal:
-            view = scaled_view(optimizer, scale, sets_rate=proof.sets_rate)
+            view = scaled_view(optimizer, scale, sets_rate=proof.sets_rate, factors=factors)
             self._views.append((view, optimizer))
             update.args = (view, *update.args[1:])
         elif known is None or known.proof != proof:

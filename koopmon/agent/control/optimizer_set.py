@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from koopmon.agent.control.rate_shares import Shares, factors
 from koopmon.agent.control.scaled_view import RATE, number
 
 RATE_SIZED = ("adam", "lion", "rmsprop")
@@ -25,6 +26,8 @@ class OptimizerSet:
     def __init__(self, optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
         self._references: list[tuple[weakref.ref[Optimizer], weakref.ref[Optimizer]]] = []
         """Each member, with the outermost wrapper around it or itself."""
+        self.shares: Shares = {}
+        """Bounds on rates in force (`koopmon.agent.control.rate_shares`)."""
         for each in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
             self.add(each)
 
@@ -62,10 +65,12 @@ class OptimizerSet:
         return found
 
     def largest_rate(self) -> float | Tensor | None:
-        """Return the largest rate of all groups as the schedule set it.
+        """Return the largest rate of all groups as the schedule set it, within `shares`.
 
         A rate on a device is returned as a tensor, unread.
         """
+        if self.shares and (rates := self.rates()):
+            return max(rate * factor for rate, factor in zip(rates, factors(self.shares, rates), strict=True))
         largest: float | None = None
         for reference, _ in self._references:
             each = reference()
@@ -77,6 +82,20 @@ class OptimizerSet:
                 if value is not None and (largest is None or value > largest):
                     largest = value
         return largest
+
+    def rates(self) -> tuple[float, ...]:
+        """Return the rate of each group of each member, in their order. Empty if one is no number in host memory."""
+        found = [group.get(RATE) for each in self for group in each.param_groups]
+        if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in found):
+            return ()
+        values = [number(rate) for rate in found]
+        return () if None in values else tuple(value for value in values if value is not None)
+
+    def factors(self, member: Optimizer) -> list[float]:
+        """Return the factor in (0, 1] on the rate of each group of `member` that `shares` leads to."""
+        owners = [each for each in self for _ in each.param_groups]
+        found = factors(self.shares, self.rates())
+        return [factor for owner, factor in zip(owners, found, strict=False) if owner is member]
 
     def rate_sized_steps(self) -> bool:
         """Return True if each step moves each weight by about the learning rate, regardless of the gradient's size.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from koopmon.agent.control.action import NEVER, Completion, ControlAction, RequestRefusedError, Target, Update
 from koopmon.agent.control.lr_backoff import LrBackoff
 from koopmon.agent.control.optimizer_set import OptimizerSet
+from koopmon.agent.control.rate_shares import PREFIX, as_parameters, from_parameters, outgrown
 from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.agent.control.state_copies import CannotCopyError, Key, StateCopy, TrainingState, copied_buffers
 from koopmon.agent.stats import AgentStats
@@ -53,7 +54,7 @@ class RewindAction(ControlAction):
     """Keeps copies of the training's state, and returns to one of them on command.
 
     Its parameters are the interval between copies, and of the last command the step at which it came in force
-    (`at_step`) and the step of the copy (`copy_step`).
+    (`at_step`) and the step of the copy (`copy_step`), and the bounds on single groups (`rate_shares`).
     """
 
     kind = "rewind"
@@ -75,6 +76,8 @@ class RewindAction(ControlAction):
         if limits.act == "never" or limits.max_rewinds == 0 or limits.rewind_max_bytes == 0:
             self._final = self._refusal = "the agent's limits allow no rewind"
         self._seconds: deque[float] = deque(maxlen=TIMED_COPIES)
+        self._rates: tuple[float, ...] = ()
+        """The schedule's rate of each group in the update before the next copy."""
         self._num_copies = 0
         self._num_rewinds = 0
         self._run = ""
@@ -106,7 +109,15 @@ class RewindAction(ControlAction):
             wanted = f"at least {asked.min_age_steps} steps old at a rate of at most {asked.max_rate:.3g}"
             raise RequestRefusedError(f"no rewind: no copy is {wanted}; copies: {ages}")
         self._run = request.run
-        return Target(1.0, {**self.parameters(state), "at_step": step, "copy_step": max(fitting)})
+        parameters = {**self.parameters(state), "at_step": step, "copy_step": max(fitting)}
+        if self._backoff.parameters(state):  # bounds on single groups belong to a cap
+            before = next(copy.rates for copy in self._held() if copy.step == max(fitting))
+            parameters |= as_parameters(outgrown(before, self._optimizers.rates()))
+        return Target(1.0, parameters)
+
+    def released(self, state: ControlState) -> Target:
+        kept = {name: value for name, value in self.parameters(state).items() if not name.startswith(PREFIX)}
+        return Target(self.neutral, kept, acts=False)
 
     def tuned(self, state: ControlState) -> ControlState:
         seconds = self._stats.step_seconds
@@ -157,6 +168,7 @@ class RewindAction(ControlAction):
 
     def apply(self, state: ControlState, step: int, update: Update) -> None:
         if not self._final and (step == 0 or (step + 1) % self._interval(state) == 0):
+            self._rates = self._optimizers.rates()
             self._check_coverage()
         if not self._final and step == 0:
             try:
@@ -169,7 +181,7 @@ class RewindAction(ControlAction):
         training = self._training()
         if self._within_limit(training.nbytes):
             training.tensors |= self._first_buffers or {}
-            self._start.take(training, 0, 0.0)
+            self._start.take(training, 0, 0.0, self._rates)
         self._first_buffers = {}
 
     def _within_limit(self, nbytes: int) -> bool:
@@ -229,7 +241,7 @@ class RewindAction(ControlAction):
             self._recent, self._older = self._older, self._recent
         rate = self._stats.measured["learning_rate"].get()
         scale = self._backoff.effective(state, step - 1)
-        self._recent.take(training, step, math.inf if rate is None else rate * scale)
+        self._recent.take(training, step, math.inf if rate is None else rate * scale, self._rates)
         self._num_copies += 1
         if self._num_copies > SECOND_SLOT:  # both slots have their memory
             self._seconds.append(time.perf_counter() - started)
@@ -250,16 +262,19 @@ class RewindAction(ControlAction):
                 each.clear()
         self._num_rewinds += 1
         cap = self._backoff.parameters(state).get("max_rate")
+        bounded = len(from_parameters(self.parameters(state)))
         logger.log(
             logging.WARNING if self._run else logging.DEBUG,
-            "koopmon: %s: weights and optimizer state returned from step %d to step %d, %d steps are lost, %s",
+            "koopmon: %s: weights and optimizer state returned from step %d to step %d, %d steps are lost, %s%s",
             self._run or "this rank",
             step,
             copy_step,
             step - copy_step,
             "the learning rate is not capped" if cap is None else f"the learning rate is capped at {cap:.3g}",
+            f", {bounded} of its groups at the rate they had beside the others" if bounded else "",
         )
-        return Completion("applied", f"returned to step {copy_step}")
+        more = f", {bounded} groups bounded by their rate beside the others" if bounded else ""
+        return Completion("applied", f"returned to step {copy_step}{more}")
 
     def _training(self) -> TrainingState:
         model = self._model()
