@@ -79,11 +79,8 @@ class BackwardLoss:
             if self._root_handle is None:
                 self._root_handle = add_hook(sharded, self._breaker.hook(_weakly(self._on_output)))
             return
-        for parameter in self._parameters:
-            with torch.inference_mode(False):  # a loop may step in that mode
-                node = torch.autograd.graph.get_gradient_edge(parameter).node
-            self._nodes.append(node)  # only a graph and this list keep it alive
-            self._handles.append(node.register_prehook(self._hook))
+        self._nodes = _accumulators(self._parameters)  # only a graph and this list keep them alive
+        self._handles = [node.register_prehook(self._hook) for node in self._nodes]
 
     def unscale(self, scale: Tensor | None) -> None:
         """Divide the scalars since the last call by `scale`, the GradScaler's; None for no scale."""
@@ -225,6 +222,27 @@ def _is_captured(tensor: Tensor) -> bool:
 
 def _is_product(root: Tensor) -> bool:
     return root.grad_fn is not None and root.grad_fn.name().startswith("Mul")
+
+
+class _Nothing(torch.autograd.Function):
+    """A function of any tensors. Its node leads to the nodes of all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        return torch.empty((), device="cpu")
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return (None,) * len(ctx.needs_input_grad)
+
+
+def _accumulators(parameters: Sequence[Tensor]) -> list[Any]:
+    """Return the gradient accumulators of leaves, by one call for all of them."""
+    if not parameters:
+        return []
+    with torch.inference_mode(False), torch.enable_grad():  # a loop may step in another mode
+        function: Any = _Nothing.apply(*parameters).grad_fn  # type: ignore[no-untyped-call]
+    return [node for node, _ in function.next_functions]
 
 
 def _spread(parameters: list[Tensor]) -> list[Tensor]:

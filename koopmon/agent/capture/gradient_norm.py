@@ -56,8 +56,10 @@ class GradientNorm:
         """Return the norm, a scalar; None without gradients, or if parts of them lie on other ranks. Forgets them."""
         norms, unknown = self._norms, self._unknown
         self.clear()
+        if not norms or unknown:
+            return None
         with torch.no_grad():
-            return _norm(norms) if norms and not unknown else None
+            return norms[0] if len(norms) == 1 else _norm(norms)
 
 
 def _is_captured(gradients: list[Tensor]) -> bool:

@@ -42,11 +42,11 @@ class UpdateRms:
             lengths = [each for each in known if each is not None]
             if len(lengths) < len(gradients):
                 lengths = list(torch._foreach_norm(gradients, 2.0, dtype=torch.float32))
-            sizes = torch.stack(lengths).square()
-            usual = torch.stack(_sums(moments)) / _correction(optimizer, group)
+            sizes = torch.stack(lengths).square_().mul_(_correction(optimizer, group))
             if scale is not None:
                 sizes = sizes / scale.reshape(()).square()
-            self._squares.append(torch.where(usual > 0, sizes / usual, torch.nan))
+            usual = torch.stack(_sums(moments))
+            self._squares.append(torch.where(usual > 0, sizes.div_(usual), torch.nan))
 
     @torch.no_grad()
     def end(self) -> Tensor | None:
@@ -54,8 +54,11 @@ class UpdateRms:
         squares, self._squares = self._squares, []
         if not squares:
             return None
-        mean: Tensor = torch.cat([each.to(squares[0].device) for each in squares]).nanmean()
-        return mean.sqrt()
+        first = squares[0]
+        if len(squares) > 1:
+            first = torch.cat([each.to(first.device) for each in squares])
+        mean: Tensor = first.nanmean()
+        return mean.sqrt_()
 
 
 def _pairs(optimizer: Optimizer, group: dict[str, Any]) -> tuple[list[int], list[Tensor], list[Tensor]]:
@@ -90,6 +93,8 @@ def _correction(optimizer: Optimizer, group: dict[str, Any]) -> Any:
     steps = (optimizer.state.get(each, {}).get("step") for each in group["params"])
     step = next((each for each in steps if each is not None), group.get("step"))
     betas = group.get("betas")
+    if isinstance(step, Tensor) and step.device.type == "cpu":
+        step = float(step)
     if step is None or not isinstance(betas, (tuple, list)) or len(betas) < 2:
         return 1.0
     return 1.0 - betas[1] ** step
