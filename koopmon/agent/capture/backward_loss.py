@@ -224,25 +224,14 @@ def _is_product(root: Tensor) -> bool:
     return root.grad_fn is not None and root.grad_fn.name().startswith("Mul")
 
 
-class _Nothing(torch.autograd.Function):
-    """A function of any tensors. Its node leads to the nodes of all of them."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
-        return torch.empty((), device="cpu")
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return (None,) * len(ctx.needs_input_grad)
-
-
-def _accumulators(parameters: Sequence[Tensor]) -> list[Any]:
-    """Return the gradient accumulators of leaves, by one call for all of them."""
-    if not parameters:
-        return []
-    with torch.inference_mode(False), torch.enable_grad():  # a loop may step in another mode
-        function: Any = _Nothing.apply(*parameters).grad_fn  # type: ignore[no-untyped-call]
-    return [node for node, _ in function.next_functions]
+def _accumulators(parameters: Iterable[Tensor]) -> list[Any]:
+    """Return the gradient accumulators of leaves."""
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():  # a loop may step in such a mode
+        with torch.inference_mode(False), torch.enable_grad():
+            return _accumulators(parameters)
+    # As torch.autograd.graph.get_gradient_edge, whose guards take longer than all else.
+    functions: list[Any] = [each.view_as(each).grad_fn for each in parameters]
+    return [function.next_functions[0][0] for function in functions]
 
 
 def _spread(parameters: list[Tensor]) -> list[Tensor]:

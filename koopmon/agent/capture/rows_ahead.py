@@ -41,13 +41,10 @@ class RowsAhead:
         if not same:
             self._drawn = {}
         self._num_tokens, self._step, self._stride = num_tokens, step, stride
-        rows = self._drawn.pop(step, None)
-        if rows is None:
-            rows = self._draw(step)
-            count = min(MAX_AHEAD, MAX_ROWS // len(rows)) if steady else 0
-            self._drawn = {each: self._draw(each) for each in (step + i * stride for i in range(1, count))}
-        return rows
-
-    def _draw(self, step: int) -> Tensor:
-        rows, _ = order_rows(self._num_tokens, self._num_samples, seed=self._seed, step=step, data_rank=self._data_rank)
-        return rows
+        if step not in self._drawn:
+            key = {"seed": self._seed, "data_rank": self._data_rank}
+            num_rows = min(self._num_samples, num_tokens)
+            count = max(1, min(MAX_AHEAD, MAX_ROWS // num_rows)) if steady else 1
+            steps = [step + number * stride for number in range(count)]
+            self._drawn = {each: order_rows(num_tokens, self._num_samples, step=each, **key)[0] for each in steps}
+        return self._drawn.pop(step)
