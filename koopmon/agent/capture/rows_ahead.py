@@ -6,6 +6,8 @@ the generator's code from the processor's caches.
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from koopmon.token_sampling import order_rows
@@ -42,9 +44,9 @@ class RowsAhead:
             self._drawn = {}
         self._num_tokens, self._step, self._stride = num_tokens, step, stride
         if step not in self._drawn:
-            key = {"seed": self._seed, "data_rank": self._data_rank}
+            draw = functools.partial(order_rows, seed=self._seed, data_rank=self._data_rank)
             num_rows = min(self._num_samples, num_tokens)
             count = max(1, min(MAX_AHEAD, MAX_ROWS // num_rows)) if steady else 1
             steps = [step + number * stride for number in range(count)]
-            self._drawn = {each: order_rows(num_tokens, self._num_samples, step=each, **key)[0] for each in steps}
+            self._drawn = {each: draw(num_tokens, self._num_samples, step=each)[0] for each in steps}
         return self._drawn.pop(step)

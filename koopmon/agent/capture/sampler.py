@@ -27,6 +27,8 @@ from koopmon.wire.messages import DType, TrainingStep
 NUM_SLOTS = 3
 LARGE_SLOT_BYTES = 64 << 20
 """For slots of this size or more the pool holds NUM_SLOTS - 1."""
+ONE_PASS_BYTES = 1 << 20
+"""States up to this size are tested at once, and larger ones point by point: the test allocates a byte per value."""
 DTYPE_NAMES: dict[torch.dtype, DType] = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -263,4 +265,5 @@ def all_finite(states: Tensor) -> bool:
     """
     if states.dtype == torch.bfloat16:
         return not any(bool(((point & 0x7F80) == 0x7F80).any()) for point in states.view(torch.int16).numpy())
-    return all(bool(np.isfinite(point).all()) for point in states.numpy())
+    values = states.numpy()
+    return all(bool(np.isfinite(part).all()) for part in (values if values.nbytes > ONE_PASS_BYTES else (values,)))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from koopmon.no_gradients import without_gradients
+
 SECOND_MOMENT = "exp_avg_sq"
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -27,7 +29,7 @@ class UpdateRms:
     def __init__(self) -> None:
         self._squares: list[Tensor] = []
 
-    @torch.no_grad()
+    @without_gradients
     def add(self, optimizer: Optimizer, norms: Mapping[int, Tensor] = MappingProxyType({})) -> None:
         """Add the parameters that `optimizer` is about to update. Those without a second moment do not count.
 
@@ -48,7 +50,7 @@ class UpdateRms:
             usual = torch.stack(_sums(moments))
             self._squares.append(torch.where(usual > 0, sizes.div_(usual), torch.nan))
 
-    @torch.no_grad()
+    @without_gradients
     def end(self) -> Tensor | None:
         """Return the result, a scalar; None without second moments. Forgets them."""
         squares, self._squares = self._squares, []
