@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -28,17 +28,23 @@ class Point:
     """One residual block, mapping h_layer to h_{layer+1}; `name` is its path in the model as given.
 
     The adapter reads h_{layer+1} from the output of `module` and h_layer from the call arguments of `entry`. `entry` is
-    `module`, unless the block is a sequence of modules that the model calls in turn.
+    `module`, unless the block is a sequence of modules that the model calls in turn. `parts` then holds all of them.
     """
 
     name: str
     module: nn.Module
     layer: int
     entry_module: nn.Module | None = None
+    parts: tuple[nn.Module, ...] = ()
 
     @property
     def entry(self) -> nn.Module:
         return self.module if self.entry_module is None else self.entry_module
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of the block."""
+        for module in dict.fromkeys((*self.parts, self.entry, self.module)):
+            yield from module.parameters()
 
 
 Path = tuple[Any, ...]
