@@ -28,7 +28,8 @@ class Point:
     """One residual block, mapping h_layer to h_{layer+1}; `name` is its path in the model as given.
 
     The adapter reads h_{layer+1} from the output of `module` and h_layer from the call arguments of `entry`. `entry` is
-    `module`, unless the block is a sequence of modules that the model calls in turn. `parts` then holds all of them.
+    `module`, unless the block is a sequence of modules that the model calls in turn. `parts` then holds the modules of
+    the whole block.
     """
 
     name: str

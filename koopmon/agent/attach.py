@@ -133,7 +133,7 @@ def _make_runtime(
 
 def _with_hooks(model: nn.Module, selection: Selection) -> Selection:
     """Return `selection` without stacks of blocks that take no hooks. Raises _NotAttachedError without any other."""
-    scripted = torch.jit._script.RecursiveScriptModule
+    scripted = torch.jit._script.RecursiveScriptModule  # one that is traced takes hooks
     candidates = tuple(
         stack
         for stack in selection.candidates

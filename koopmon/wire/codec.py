@@ -125,9 +125,12 @@ def _check_frames(header: Shard, frames: Sequence[Frame]) -> None:
 
 def _raw_frames(header: Shard, tensors: Sequence[Tensor | Frame] | Tensor) -> list[memoryview]:
     shape, dtype = (header.num_samples, header.width), DTYPES[header.dtype]
-    if not isinstance(tensors, Tensor) or tuple(tensors.shape[1:]) != shape or tensors.dtype != dtype:
-        return [_raw_frame(header, tensor) for tensor in tensors]
-    if tensors.device.type != "cpu" or not tensors.is_contiguous():
+    if (
+        not isinstance(tensors, Tensor)
+        or (tuple(tensors.shape[1:]), tensors.dtype) != (shape, dtype)
+        or tensors.device.type != "cpu"
+        or not tensors.is_contiguous()
+    ):
         return [_raw_frame(header, tensor) for tensor in tensors]
     # One view of all points takes as long as one of a single point.
     memory, length = _bytes(tensors), shape[0] * shape[1] * dtype.itemsize

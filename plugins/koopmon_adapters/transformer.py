@@ -70,16 +70,15 @@ class TransformerAdapter(ArchitectureAdapter):
         found = _jointed_stacks(model)
         for stack in found:  # lists inside its rows are sublayers
             lists = [blocks for blocks in lists if not blocks.name.startswith(f"{stack.name}.")]
-        rows = [stack for stack in row_stacks(model) if stack.name not in {each.name for each in found}]
-        others = rows
-        rows = [stack for stack in rows if all(map(_has_attention, _row_parts(model, stack)))]
+        any_rows = [stack for stack in row_stacks(model) if stack.name not in {each.name for each in found}]
+        rows = [stack for stack in any_rows if all(map(_has_attention, _row_parts(model, stack)))]
         names = {point.name for stack in rows for point in stack.points}
         lists = [blocks for blocks in lists if blocks.name.partition("[")[0] not in names]
         found += rows
         found += [blocks.stack(residual=True) for blocks in _attentive(lists)]
         if not found:
             runs = [run for blocks in lists for run in (blocks.alike() if blocks.is_planar else [blocks])]
-            found = [replace(stack, residual=False) for stack in others]
+            found = [replace(stack, residual=False) for stack in any_rows]
             found += [run.stack(residual=False) for run in runs]
         found.reverse()  # of equal lengths the later one first, because the decoder follows the encoder
         return sorted(found, key=lambda stack: len(stack.points), reverse=True)

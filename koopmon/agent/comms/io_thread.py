@@ -136,8 +136,8 @@ class IOThread:
         num_bursts = 0
         while not self._stopping:
             awake = poller.wait(max(0.0, channel.next_due() - time.monotonic()))
-            if awake == [self._wakeup] and self._ship(channel, data, identity) and not self._is_due(channel):
-                continue  # a snapshot costs no more than its own sending
+            if awake == [self._wakeup] and self._ship(channel, data, identity) and not self._has_more_work(channel):
+                continue  # after a snapshot that was sent there is nothing to read or to check
             if channel.description is not self._description:
                 channel.describe(self._description)
             control.retry()
@@ -191,7 +191,7 @@ class IOThread:
             channel.warn(time.monotonic(), "data", f"no snapshots are sent: {error}")
         return data
 
-    def _is_due(self, channel: ControlChannel) -> bool:
+    def _has_more_work(self, channel: ControlChannel) -> bool:
         return channel.description is not self._description or time.monotonic() >= channel.next_due()
 
     def _ship(self, channel: ControlChannel, data: DataSender | None, identity: Identity) -> bool:
