@@ -114,9 +114,11 @@ def run(cases: Sequence[C], work: Work[C], folder: Path | None, *, workers: int,
                     failed.append(f"{cases[index].name}: {type(error).__name__}: {error}")
                 progress.update(task, advance=1, description=cases[index].name)
         except KeyboardInterrupt:
-            console.print(f"interrupted: {len(found)} of {len(cases)} runs are kept; go on with --work {folder}")
+            console.print("interrupted: the runs that have begun end first")
             # Wait as well: the exit of the pool would undo the cancellation before its thread has processed it.
             pool.shutdown(wait=True, cancel_futures=True)
+            num_kept = sum(_path(case, folder).exists() for case in cases)
+            console.print(f"{num_kept} of {len(cases)} runs are kept; go on with --work {folder}")
             raise SystemExit(130) from None
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(cases)} runs failed; the first: {failed[0]}")

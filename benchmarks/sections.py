@@ -103,7 +103,7 @@ def agent_overhead(told: Document) -> list[str]:
     settings = told["settings"]
     at = {"nice": "at nice 19", "idle": "at idle priority"}[settings["monitor"]]
     ranks = "1 rank trains" if settings["ranks"] == 1 else f"{settings['ranks']} ranks train"
-    every = {"default": "at the default cadence", "sparse": f"with a snapshot every {settings['every']} steps"}
+    when = {"start": "At first, while the credit for snapshots lasts", "long": "In the long run"}
 
     def of(found: Mapping[str, float]) -> str:
         return f"{found['ratio']:.3f} times (95%: {found['low']:.3f} to {found['high']:.3f})"
@@ -111,10 +111,10 @@ def agent_overhead(told: Document) -> list[str]:
     where = f"on the {settings['device'].upper()}, with the monitor {at}"
     where += "" if settings.get("copies", True) else " and without copies for a rewind"
     lines = [f"{ranks} a model of D {settings['d']} and L {settings['layers']} {where}."]
-    for cadence, found in told["cadences"].items():
-        mean, snapshot = found["wall"]["mean_step"], found["wall"]["snapshot_step"]
-        words = f"{every[cadence]}, the mean step takes {of(mean)} as long as {told['against']}, a snapshot step"
-        lines.append(f"{words[0].upper()}{words[1:]} {of(snapshot)}.")
+    for stage, found in told["stages"].items():
+        wall, cpu = found["wall"], found["cpu"]
+        lines.append(f"{when[stage]}, the mean step takes {of(wall['mean_step'])} as long as {told['against']}, and")
+        lines.append(f"{of(cpu['mean_step'])} its CPU time. A snapshot step takes {of(wall['snapshot_step'])} as long.")
     return paragraph(lines)
 
 

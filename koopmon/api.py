@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -28,17 +28,24 @@ class Point:
     """One residual block, mapping h_layer to h_{layer+1}; `name` is its path in the model as given.
 
     The adapter reads h_{layer+1} from the output of `module` and h_layer from the call arguments of `entry`. `entry` is
-    `module`, unless the block is a sequence of modules that the model calls in turn.
+    `module`, unless the block is a sequence of modules that the model calls in turn. `parts` then holds the modules of
+    the whole block.
     """
 
     name: str
     module: nn.Module
     layer: int
     entry_module: nn.Module | None = None
+    parts: tuple[nn.Module, ...] = ()
 
     @property
     def entry(self) -> nn.Module:
         return self.module if self.entry_module is None else self.entry_module
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of the block."""
+        for module in dict.fromkeys((*self.parts, self.entry, self.module)):
+            yield from module.parameters()
 
 
 Path = tuple[Any, ...]
@@ -114,8 +121,9 @@ class Observable:
     """One measurement of a family, beside the spectrum of transition `layer`.
 
     koopmon calls `read` after each call of `module` in the forward pass of a snapshot only, without gradients and not
-    in a recomputation. `read` must not synchronise with the device, draw random numbers or change any state. It should
-    cost little relative to the module. Several readings of one name and layer are averaged. Of a name that begins with
+    in a recomputation. In a calm cadence some snapshots repeat the values of an earlier one. `read` must not
+    synchronise with the device, draw random numbers or change any state. It should cost little relative to the module.
+    Several readings of one name and layer are averaged. Of a name that begins with
     "max_" the largest value counts.
     """
 
@@ -172,6 +180,9 @@ def call_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         return {**args[0], **kwargs}
     while isinstance(inner := getattr(model, "module", None), nn.Module):  # DistributedDataParallel and others
         model = inner
+    names = _plain_names(model.forward)
+    if names is not None and len(args) <= len(names):
+        return {**dict(zip(names, args, strict=False)), **kwargs}
     try:
         positional = _signature(model.forward).bind_partial(*args).arguments
     except (TypeError, ValueError):  # the model itself raises for a wrong call
@@ -181,6 +192,29 @@ def call_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
 _signatures: weakref.WeakKeyDictionary[Any, inspect.Signature] = weakref.WeakKeyDictionary()
 """Signatures of bound methods by their function: to read one takes longer than all else of a small snapshot."""
+
+
+_names: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
+"""Names of the positional parameters of bound methods by their function, if these are all that a call can fill."""
+
+
+def _plain_names(forward: Callable[..., Any]) -> tuple[str, ...] | None:
+    """Return the names that positional arguments have, None if it takes a signature to know them.
+
+    To bind arguments to a signature takes ten times as long.
+    """
+    function = getattr(forward, "__func__", None)
+    names = None if function is None else _names.get(function)
+    if names is None and function is not None:
+        try:
+            parameters = _signature(forward).parameters.values()
+        except (TypeError, ValueError):
+            return None
+        kinds = [each.kind for each in parameters]
+        if inspect.Parameter.VAR_POSITIONAL not in kinds:
+            plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+            names = _names[function] = tuple(each.name for each in parameters if each.kind in plain)
+    return names
 
 
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:

@@ -114,10 +114,10 @@ def row_stacks(model: nn.Module) -> list[Stack]:
             if not alike or len(rows) < 2:
                 continue
             points = []
-            for layer, (row_name, _) in enumerate(rows):
+            for layer, (row_name, row) in enumerate(rows):
                 called = [part for part in parts[layer].values() if _is_called(part)]
                 if len(called) > 1 and called[0] is not None and called[-1] is not None:
-                    points.append(Point(row_name, called[-1], layer, called[0]))
+                    points.append(Point(row_name, called[-1], layer, called[0], (row,)))
             if len(points) == len(rows):
                 found.append(Stack(name, tuple(points)))
     return found

@@ -192,7 +192,7 @@ class ChainVerifier:
 
     def _may_look_elsewhere(self, point: Point, own: Tensor | None) -> bool:
         # The other tensors of a convolution's call are read as they are, with the width last.
-        is_plane = own is not None and is_state(own) and has_channels_first(point.module, own.movedim(-1, 1))
+        is_plane = own is not None and is_state(own) and has_channels_first(point.module, own.detach().movedim(-1, 1))
         return not self.adapter.fixed_state and point.entry is point.module and not is_plane
 
     @contextmanager
@@ -483,7 +483,7 @@ def _overlap(one: _Trace, other: _Trace) -> bool:
 
 
 def _holds_any(stack: Stack, trained: Collection[int]) -> bool:
-    return any(id(each) in trained for point in stack.points for each in point.module.parameters())
+    return any(id(each) in trained for point in stack.points for each in point.parameters())
 
 
 def _in_gradients(trace: _Trace) -> bool:
@@ -549,7 +549,7 @@ def trained_layers(stack: Stack, trained: Collection[int]) -> list[int]:
     return [
         point.layer
         for point in stack.points
-        if any(id(each) in trained and each.requires_grad for each in point.module.parameters())
+        if any(id(each) in trained and each.requires_grad for each in point.parameters())
     ]
 
 

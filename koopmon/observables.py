@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Observable, Stack
+from koopmon.no_gradients import without_gradients
 from koopmon.numbers import LARGEST
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class Readings:
     def __init__(self) -> None:
         self._taken: dict[tuple[str, int], list[Tensor]] = {}
 
-    @torch.no_grad()
+    @without_gradients
     def take(self, observable: Observable, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Read `observable` from a call of its module. Raises TypeError unless the value is a 0-d tensor or None."""
         value = observable.read(observable.module, args, kwargs, output)
@@ -103,7 +104,7 @@ class Readings:
             raise TypeError(f"observable {observable.name} reads {found}, not a 0-d tensor")
         self._taken.setdefault((observable.name, observable.layer), []).append(value.detach().float())
 
-    @torch.no_grad()
+    @without_gradients
     def gather(self, device: torch.device | None = None) -> Gathered | None:
         """Return all readings as one tensor on `device` (default: the first reading's); None if there are none."""
         if not self._taken:

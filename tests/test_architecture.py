@@ -24,6 +24,7 @@ ROOMS = {
     "files": "errors",
     "logs": "",
     "numbers": "",
+    "no_gradients": "",
     "spectral": "errors numbers",
     "wire": "errors files",
     "config": "errors logs wire",  # a value that becomes part of a message has the bounds of the message
@@ -45,7 +46,7 @@ ROOMS = {
     "walk": "api",
     "chain_verifier": "errors api block_finder planes state_position spectral observed_states lineage traversals",
     "token_sampling": "errors",
-    "observables": "errors numbers api",
+    "observables": "errors numbers no_gradients api",
     "process_state": "errors",
     "plugin_calls": "errors logs process_state",
     "guarded_adapter": "errors api observables plugin_calls",
@@ -58,7 +59,7 @@ ROOMS = {
     ),
     "agent": (
         "errors logs run_names config spectral wire api hookspecs block_finder planes state_position chain_verifier "
-        "walk token_sampling observables plugins discovery process_state files"
+        "walk token_sampling observables plugins discovery process_state files no_gradients"
     ),
     "conformance": "errors config spectral wire api chain_verifier token_sampling observables plugins discovery agent",
     "grafana": "errors config telemetry files",

@@ -6,9 +6,11 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -21,7 +23,7 @@ from koopmon.agent.runtime import AgentRuntime
 from koopmon.config import Config
 from koopmon.errors import KoopmonError, raise_from_signal
 from koopmon.logs import log_for_job
-from koopmon.plugins import select
+from koopmon.plugins import Selection, select
 from koopmon.run_names import check_run_name
 from koopmon.wire.auth_policy import make_auth_policy
 from koopmon.wire.endpoints import check_endpoint
@@ -119,7 +121,7 @@ def _make_runtime(
         wait_for_monitor()
     by_name = config is not None and (adapter is not None or stack is not None)
     try:
-        selection = _checked(by_name, lambda: select(model, adapter, stack))
+        selection = _with_hooks(model, _checked(by_name, lambda: select(model, adapter, stack)))
         return AgentRuntime(model, optimizers, selection, settings, address, name or None, trust)
     except (KoopmonError, _NotAttachedError):
         raise
@@ -127,6 +129,22 @@ def _make_runtime(
         raise_from_signal(error)
         logger.debug("koopmon: attach", exc_info=error)
         raise _NotAttachedError(f"{type(error).__name__}: {error}") from error
+
+
+def _with_hooks(model: nn.Module, selection: Selection) -> Selection:
+    """Return `selection` without stacks of blocks that take no hooks. Raises _NotAttachedError without any other."""
+    scripted = torch.jit._script.RecursiveScriptModule  # one that is traced takes hooks
+    candidates = tuple(
+        stack
+        for stack in selection.candidates
+        if not any(isinstance(each, scripted) for point in stack.points for each in (point.entry, point.module))
+    )
+    if not candidates:
+        raise _NotAttachedError(
+            f"the blocks of {type(model).__name__} are made by torch.jit.script, which takes no hooks;"
+            " train the model before they are scripted, or torch.compile it"
+        )
+    return replace(selection, candidates=candidates)
 
 
 def _checked(explicit: bool, make: Callable[[], T]) -> T:

@@ -40,6 +40,8 @@ class QuietSteps:
         self._limit = stats.stride_limit
         self._last_step = 0
         self._last_rate: Any = None
+        self._counted = 0
+        """The id of the optimizer whose call was counted last."""
         self._can_count = True
         """False once an update came without a new gradient: only the forwards show the steps of such a loop."""
 
@@ -73,6 +75,11 @@ class QuietSteps:
             self._last_rate = rate
         return True
 
+    def has_counted(self, optimizer: Optimizer) -> bool:
+        """Return True once for each call of `optimizer` that was counted: its hooks are in place."""
+        counted, self._counted = self._counted, 0
+        return counted == id(optimizer)
+
     def count(self, optimizer: Optimizer) -> None:
         """Count the step that ends with this call."""
         started = time.perf_counter()
@@ -86,4 +93,5 @@ class QuietSteps:
         if stats.step >= self._last_step:
             self.on = False
         self._taps.forget_forwards()
+        self._counted = id(optimizer)
         stats.hook_seconds += time.perf_counter() - started

@@ -184,6 +184,8 @@ class AgentRuntime:
     def on_any_step(self, optimizer: Optimizer) -> None:
         """Follow an optimizer that has replaced the others of the model, or whose hooks the user has cleared."""
         if self._quiet.on:
+            if self._quiet.has_counted(optimizer):
+                return
             if not self._hooked.has_hooks(optimizer) and not self._hooked.is_foreign(optimizer):
                 for each in (self, *self._beside):  # the next step of this optimizer comes after forwards that are seen
                     each._quiet.end()

@@ -31,6 +31,13 @@ _SENDER: Final[Options] = {zmq.RCVHWM: 1, zmq.MAXMSGSIZE: 4096}
 _CONTROL: Final[Options] = {zmq.LINGER: 500, zmq.SNDHWM: 64}
 _MAX_WAITING_CONTROL_BYTES: Final = 16 << 20
 _MIN_WAITING_BYTES: Final = 64 << 20
+_POLLOUT: Final = int(zmq.POLLOUT)
+COPIED_BYTES: Final = 256 << 10
+"""Size of the largest frame of a snapshot that is copied.
+
+Of a larger one the transport reads the memory itself. At its end a thread of pyzmq wakes, which costs more than the
+copy of a small frame.
+"""
 
 
 class DataSender(Client):
@@ -40,7 +47,7 @@ class DataSender(Client):
         super().__init__(context, zmq.PUSH, _DATA | _SENDER | {zmq.SNDHWM: queue_length}, endpoint)
 
     def send(self, frames: Sequence[Frame], slot: Slot | None = None) -> DropReason | None:
-        """Queue one message without copying large frames; return None, or the reason for a drop.
+        """Queue one message without copying frames above COPIED_BYTES; return None, or the reason for a drop.
 
         `slot` is the memory behind the frames. It becomes free at once after a drop, otherwise when the transport no
         longer uses it. Without a slot the caller must never change the memory of the frames.
@@ -48,16 +55,21 @@ class DataSender(Client):
         tracker: zmq.MessageTracker | None = None
         try:
             self._guard()
-            if self._owner._ending or not self._socket.poll(0, zmq.POLLOUT):
+            if self._owner._ending or not int(self._socket.getsockopt(zmq.EVENTS)) & _POLLOUT:
                 return "queue_full" if self.connected else "monitor_away"
-            parts = [zmq.Frame(frame, track=True) for frame in frames]
-            tracker = zmq.MessageTracker(*parts)
+            parts = [each if len(each) <= COPIED_BYTES else _shared(each) for each in frames]
+            if shared := [each for each in parts if isinstance(each, zmq.Frame)]:
+                tracker = zmq.MessageTracker(*shared)
             if not self._offer(parts):
                 return "monitor_away"
         finally:
             if slot is not None:
                 slot.release() if tracker is None else slot.release_when_done(tracker)
         return None
+
+
+def _shared(frame: Frame) -> zmq.Frame:
+    return zmq.Frame(frame, track=True, copy=False)
 
 
 class DataReceiver(Server[int]):

@@ -41,6 +41,10 @@ COMMON: Final[Options] = {
     zmq.TCP_MAXRT: 60_000,
 }
 _UNREACHED: Final = (errno.EAGAIN, errno.EHOSTUNREACH)
+# Plain integers: each operation on zmq's own flags takes as long as a call of the transport.
+_POLLIN: Final = int(zmq.POLLIN)
+_LAST_FRAME: Final = int(zmq.NOBLOCK)
+_ONE_OF_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 _NEEDED_DESCRIPTORS: Final = 16
 _NEEDED_THREADS: Final = 2
 _serial = itertools.count()
@@ -245,7 +249,7 @@ class Socket(abc.ABC):
 
     def _new_events(self) -> Iterator[tuple[int, int]]:
         """Yield the new connection events, each with its value."""
-        while int(self._events.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        while int(self._events.getsockopt(zmq.EVENTS)) & _POLLIN:
             event = parse_monitor_message(self._events.recv_multipart(zmq.NOBLOCK))
             yield event["event"], event["value"]
 
@@ -261,12 +265,15 @@ class Socket(abc.ABC):
         return watch
 
     def _offer(self, frames: Sequence[Frame | zmq.Frame]) -> bool:
-        """Send all frames of one message, or none; return False when no peer accepts it now."""
-        complete = True
+        """Send all frames of one message, or none; return False when no peer accepts it now.
+
+        Bytes are copied, a `zmq.Frame` is not.
+        """
+        complete, last = True, len(frames) - 1
         for index, frame in enumerate(frames):
-            more = zmq.SNDMORE if index < len(frames) - 1 else 0
             try:
-                self._socket.send(frame, zmq.NOBLOCK | more, copy=False)
+                flags = _LAST_FRAME if index == last else _ONE_OF_MORE
+                self._socket.send(frame, flags, copy=not isinstance(frame, zmq.Frame))
             except zmq.ZMQError as error:
                 if error.errno not in _UNREACHED:
                     raise

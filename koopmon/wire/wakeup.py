@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import weakref
@@ -25,8 +24,10 @@ class Wakeup:
         """
         with self._lock:
             if self._close.alive and os.getpid() == self._pid:
-                with contextlib.suppress(BlockingIOError):
+                try:
                     os.eventfd_write(self._descriptor, 1)
+                except BlockingIOError:
+                    return  # it is full of earlier calls
 
     def fileno(self) -> int:
         """Return the file descriptor, which is readable after a wake-up; -1 after `close`."""
@@ -34,8 +35,10 @@ class Wakeup:
 
     def clear(self) -> None:
         """Discard the calls so far; the waiting thread does this after it wakes."""
-        with contextlib.suppress(BlockingIOError):
+        try:
             os.eventfd_read(self.fileno())
+        except BlockingIOError:
+            return  # woken by a socket
 
     def close(self) -> None:
         with self._lock:

@@ -132,7 +132,7 @@ def _is_state_space(module: nn.Module) -> bool:
     return (
         "A_log" in module._parameters
         and any(isinstance(child, nn.Conv1d) for child in module.children())
-        and any(name.startswith("dt") for name in (*module._modules, *module._parameters))
+        and any(name.startswith("dt") for name in (*module._modules.keys(), *module._parameters.keys()))
     )
 
 

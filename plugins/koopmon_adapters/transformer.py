@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -69,15 +70,16 @@ class TransformerAdapter(ArchitectureAdapter):
         found = _jointed_stacks(model)
         for stack in found:  # lists inside its rows are sublayers
             lists = [blocks for blocks in lists if not blocks.name.startswith(f"{stack.name}.")]
-        rows = [stack for stack in row_stacks(model) if stack.name not in {each.name for each in found}]
-        rows = [stack for stack in rows if all(map(_has_attention, _row_parts(model, stack)))]
+        any_rows = [stack for stack in row_stacks(model) if stack.name not in {each.name for each in found}]
+        rows = [stack for stack in any_rows if all(map(_has_attention, _row_parts(model, stack)))]
         names = {point.name for stack in rows for point in stack.points}
         lists = [blocks for blocks in lists if blocks.name.partition("[")[0] not in names]
         found += rows
         found += [blocks.stack(residual=True) for blocks in _attentive(lists)]
         if not found:
             runs = [run for blocks in lists for run in (blocks.alike() if blocks.is_planar else [blocks])]
-            found = [run.stack(residual=False) for run in runs]
+            found = [replace(stack, residual=False) for stack in any_rows]
+            found += [run.stack(residual=False) for run in runs]
         found.reverse()  # of equal lengths the later one first, because the decoder follows the encoder
         return sorted(found, key=lambda stack: len(stack.points), reverse=True)
 
@@ -188,7 +190,8 @@ def _is_attention(module: nn.Module) -> bool:
     kind = type(module).__name__.lower()
     if isinstance(module, nn.MultiheadAttention) or "attention" in kind or "attn" in kind:
         return True
-    names = {_bare(name) for name in (*module._modules, *module._parameters)}
+    # A scripted module has no dicts there.
+    names = {_bare(name) for name in (*module._modules.keys(), *module._parameters.keys())}
     return any(pair <= names for pair in QUERY_KEY_NAMES) or any(map(_is_fused, names))
 
 
@@ -261,7 +264,8 @@ def _jointed_stacks(model: nn.Module) -> list[Stack]:
             last = first + length - 1
             joint, norm = f"{name}.{last}.2", f"{name}.{last}.0.2"
             left = joint if _part(rows, last, 0, 2) is None else norm
-            points.append(Point(left, model.get_submodule(left), layer, _part(rows, first, 2)))
+            parts = tuple(rows[first : last + 1])
+            points.append(Point(left, model.get_submodule(left), layer, _part(rows, first, 2), parts))
         stacks.append(Stack(name, tuple(points)))
     return stacks
 

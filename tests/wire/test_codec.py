@@ -330,6 +330,14 @@ def test_a_tensor_that_requires_gradients_can_be_sent() -> None:
     assert torch.equal(torch.stack(decode_shard(encode(shard(), states), limits=LIMITS).points()), states.detach())
 
 
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+def test_one_tensor_has_the_frames_of_its_points(cut: bool) -> None:
+    states = torch.randn(2, 5, 4)[:, :3] if cut else torch.randn(2, 3, 4)
+    frames = encode(shard(), states)
+    assert frames == encode(shard(), list(states))
+    assert [bytes(frame) for frame in frames[1:]] == [point.numpy().tobytes() for point in states]
+
+
 def test_only_shards_carry_tensors() -> None:
     beat = HeartbeatReply(**WHO)
     with pytest.raises(ProtocolError, match=r"^shape: "):

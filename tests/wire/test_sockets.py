@@ -18,13 +18,14 @@ from typing import Any
 
 import pytest
 import torch
+from zmq.utils import garbage
 
 from koopmon.errors import EndpointError, ProtocolError
 from koopmon.wire.buffer_pool import BufferPool
 from koopmon.wire.codec import decode_for_agent, decode_for_monitor, decode_shard, encode
 from koopmon.wire.headers import WireLimits
 from koopmon.wire.messages import Goodbye, HeartbeatReply, Shard, TrainingStep
-from koopmon.wire.sockets import ControlClient, ControlServer, DataReceiver, DataSender, Poller
+from koopmon.wire.sockets import COPIED_BYTES, ControlClient, ControlServer, DataReceiver, DataSender, Poller
 from koopmon.wire.transport import WireContext
 from koopmon.wire.wakeup import Wakeup
 from tests.factories import num_free
@@ -119,6 +120,27 @@ def test_a_buffer_is_not_reused_before_the_transport_let_go_of_it(
         arrived.append(received.header.step)
     assert arrived == sent
     until(lambda: num_free(pool) == 3)
+
+
+def test_small_frames_free_their_buffer_at_once(
+    near: WireContext, far: WireContext, endpoint: str, until: Until
+) -> None:
+    receiver = DataReceiver(far, endpoint)
+    sender = DataSender(near, receiver.endpoint, queue_length=10)
+    until(lambda: sender.connected)
+    pool, kept = BufferPool(1, 3 * COPIED_BYTES), list(garbage.gc.refs)
+    for step in range(1, 5):
+        slot = pool.acquire(pool.slot_bytes)
+        assert slot is not None, "nothing reads its memory any more"
+        states = slot.tensor((3, 64, COPIED_BYTES // 256), torch.float32)
+        states.fill_(float(step))
+        assert sender.send(encode(shard(step, states), states), slot) is None
+        states.fill_(-1.0)
+    assert list(garbage.gc.refs) == kept
+    for step in range(1, 5):
+        received = receive(receiver)
+        assert received.header.step == step
+        assert bool((torch.stack(received.points()) == step).all())
 
 
 def test_without_a_monitor_a_send_is_a_drop_and_nothing_queues(

@@ -27,6 +27,7 @@ from torch.autograd.function import BackwardCFunction
 from koopmon.agent.capture.hidden_hooks import add_hook
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.stats import AgentStats
+from koopmon.no_gradients import without_gradients
 
 NUM_PARAMETERS = 8
 """Parameters whose gradient accumulators have a hook. Several, because a step may leave out some of them."""
@@ -79,20 +80,17 @@ class BackwardLoss:
             if self._root_handle is None:
                 self._root_handle = add_hook(sharded, self._breaker.hook(_weakly(self._on_output)))
             return
-        for parameter in self._parameters:
-            with torch.inference_mode(False):  # a loop may step in that mode
-                node = torch.autograd.graph.get_gradient_edge(parameter).node
-            self._nodes.append(node)  # only a graph and this list keep it alive
-            self._handles.append(node.register_prehook(self._hook))
+        self._nodes = _accumulators(self._parameters)  # only a graph and this list keep them alive
+        self._handles = [node.register_prehook(self._hook) for node in self._nodes]
 
+    @without_gradients
     def unscale(self, scale: Tensor | None) -> None:
         """Divide the scalars since the last call by `scale`, the GradScaler's; None for no scale."""
         if (pending := self._pending) is not None:
             self._pending = None
-            with torch.no_grad():
-                if scale is not None:
-                    pending = pending / scale.reshape(()).to(pending.device, pending.dtype)
-                self._add_to_sum(pending)
+            if scale is not None:
+                pending = pending / scale.reshape(()).to(pending.device, pending.dtype)
+            self._add_to_sum(pending)
 
     def end(self) -> Tensor | None:
         """Return the loss of the step, a scalar on its device; None if no backward pass was seen."""
@@ -135,6 +133,7 @@ class BackwardLoss:
         self._note(backward_roots())
         self._stats.capture_seconds += time.perf_counter() - started
 
+    @without_gradients
     def _note(self, roots: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         """Add the scalars of a backward pass."""
         # One backward pass may run several tasks, as a reentrant checkpoint does.
@@ -149,8 +148,7 @@ class BackwardLoss:
             # The loop has cleared the gradients since the last backward pass: the optimizer does not use that one.
             self._pending = self._sum = None
         pending = self._pending
-        with torch.no_grad():
-            self._pending = value if pending is None else pending + value.to(pending.device)
+        self._pending = value if pending is None else pending + value.to(pending.device)
         torch.autograd.Variable._execution_engine.queue_callback(self._ended)
 
     def _on_backward_end(self) -> None:
@@ -194,13 +192,12 @@ def _call(frame: FrameType | None) -> FrameType | None:
 def _total(roots: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:
     """Return the sum of scalar roots, each times its gradient argument; None if they are no losses."""
     total: Tensor | None = None
-    with torch.no_grad():
-        for root, weight in roots:
-            value, factor = _scalar(root), None if weight is None else _scalar(weight)
-            if value is None or (weight is not None and factor is None):
-                return None
-            value = value if factor is None else value * factor
-            total = value if total is None else total + value.to(total.device)
+    for root, weight in roots:
+        value, factor = _scalar(root), None if weight is None else _scalar(weight)
+        if value is None or (weight is not None and factor is None):
+            return None
+        value = value if factor is None else value * factor
+        total = value if total is None else total + value.to(total.device)
     return total
 
 
@@ -225,6 +222,16 @@ def _is_captured(tensor: Tensor) -> bool:
 
 def _is_product(root: Tensor) -> bool:
     return root.grad_fn is not None and root.grad_fn.name().startswith("Mul")
+
+
+def _accumulators(parameters: Iterable[Tensor]) -> list[Any]:
+    """Return the gradient accumulators of leaves."""
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():  # a loop may step in such a mode
+        with torch.inference_mode(False), torch.enable_grad():
+            return _accumulators(parameters)
+    # As torch.autograd.graph.get_gradient_edge, whose guards take longer than all else.
+    functions: list[Any] = [each.view_as(each).grad_fn for each in parameters]
+    return [function.next_functions[0][0] for function in functions]
 
 
 def _spread(parameters: list[Tensor]) -> list[Tensor]:

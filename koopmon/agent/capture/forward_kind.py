@@ -19,13 +19,14 @@ def recomputing() -> bool:
 
 
 def in_checkpoint() -> bool:
-    """Return True inside the forward of an autograd function, such as a reentrant checkpoint.
+    """Return True inside the forward of an autograd function, such as a reentrant checkpoint, that is differentiated.
 
-    It runs without gradients, although its arguments have some.
+    It runs without gradients, although its arguments have some. The state of a block inside may have none.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get("ctx"), FunctionCtx):
+        context = frame.f_locals.get("ctx") if frame.f_code.co_name == "forward" else None
+        if isinstance(context, FunctionCtx) and any(getattr(context, "needs_input_grad", ())):
             return True
         frame = frame.f_back
     return False

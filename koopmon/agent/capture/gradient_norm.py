@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from koopmon.no_gradients import without_gradients
+
 
 class GradientNorm:
     """Euclidean norm of the gradients of all parameters given to `add`, each once. It stays on the device."""
@@ -22,6 +24,7 @@ class GradientNorm:
         self._seen: set[int] = set()
         self._unknown = False
 
+    @without_gradients
     def add(self, parameters: Iterable[Tensor], scale: Tensor | None = None) -> None:
         """Add the gradients of `parameters`; `scale` divides those that a GradScaler has left scaled."""
         self.last, seen = {}, self._seen
@@ -43,21 +46,22 @@ class GradientNorm:
             self._unknown = True
         if not gradients or self._unknown:
             return
-        with torch.no_grad():
-            # In 16 bits a sum of squares soon overflows.
-            wide = torch.float64 if gradients[0].dtype == torch.float64 else torch.float32
-            norms = torch._foreach_norm(gradients, 2.0, dtype=wide)
-            if wide is torch.float32:
-                self.last = dict(zip(new, norms, strict=True))
-            norm = _norm(norms)
-            self._norms.append(norm if scale is None else norm / scale.reshape(()).to(norm.device, norm.dtype))
+        # In 16 bits a sum of squares soon overflows.
+        wide = torch.float64 if gradients[0].dtype == torch.float64 else torch.float32
+        norms = torch._foreach_norm(gradients, 2.0, dtype=wide)
+        if wide is torch.float32:
+            self.last = dict(zip(new, norms, strict=True))
+        norm = _norm(norms)
+        self._norms.append(norm if scale is None else norm / scale.reshape(()).to(norm.device, norm.dtype))
 
+    @without_gradients
     def end(self) -> Tensor | None:
         """Return the norm, a scalar; None without gradients, or if parts of them lie on other ranks. Forgets them."""
         norms, unknown = self._norms, self._unknown
         self.clear()
-        with torch.no_grad():
-            return _norm(norms) if norms and not unknown else None
+        if not norms or unknown:
+            return None
+        return norms[0] if len(norms) == 1 else _norm(norms)
 
 
 def _is_captured(gradients: list[Tensor]) -> bool:

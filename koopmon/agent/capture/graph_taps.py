@@ -160,7 +160,7 @@ class GraphTaps:
         self._picks: Tensor | None = None
         self._num_tokens = 0
         """Tokens of the last forward that was read."""
-        parameters = [each for point in stack.points for each in point.module.parameters()]
+        parameters = [each for point in stack.points for each in point.parameters()]
         self._widths = {size for each in parameters if each.dim() > 1 for size in each.shape}
         """The sizes of the blocks' weights, among which the width is; empty if they are flattened."""
 

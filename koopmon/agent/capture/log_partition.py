@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from koopmon.no_gradients import without_gradients
 
 NUM_TOKENS = 64
 """Tokens that count. Their logits become float32: 64 of a vocabulary of 150,000 take 37 MiB for a moment."""
@@ -17,7 +18,7 @@ def vocabularies(model: nn.Module) -> frozenset[int]:
     return frozenset(each.num_embeddings for each in model.modules() if isinstance(each, nn.Embedding))
 
 
-@torch.no_grad()
+@without_gradients
 def log_partition(output: Any, sizes: Collection[int]) -> Tensor | None:
     """Compute the mean log-partition of evenly spaced tokens of a model's output, in nats; 0-d, on its device.
 

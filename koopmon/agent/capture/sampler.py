@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from koopmon.agent.capture.rows_ahead import RowsAhead
+from koopmon.agent.capture.slow_signals import SlowSignals
 from koopmon.agent.stats import AgentStats, Reading
 from koopmon.api import Stack
 from koopmon.config import SamplingConfig
@@ -25,6 +27,8 @@ from koopmon.wire.messages import DType, TrainingStep
 NUM_SLOTS = 3
 LARGE_SLOT_BYTES = 64 << 20
 """For slots of this size or more the pool holds NUM_SLOTS - 1."""
+ONE_PASS_BYTES = 1 << 20
+"""States up to this size are tested at once, and larger ones point by point: the test allocates a byte per value."""
 DTYPE_NAMES: dict[torch.dtype, DType] = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -74,8 +78,13 @@ class Sampler:
         self._buffer: Tensor = torch.empty(0)
         self._rows: Tensor = torch.empty(0)
         self._num_valid: Tensor | None = None
-        self.readings = Readings()
-        """Readings of the latest snapshot begun."""
+        self._ahead = RowsAhead(config.seed, data_rank, share)
+        self._slow = SlowSignals()
+        self.readings: Readings | None = None
+        """Readings of the latest snapshot begun. None if it repeats those of an earlier one."""
+        self._observed_stack = "", 0
+        self._observed: tuple[tuple[str, int], ...] = ()
+        self._observations: Tensor | None = None
         self._shape = torch.Size()
         self._training = TrainingStep(step=0)
         self._num_points = 0
@@ -112,18 +121,25 @@ class Sampler:
         if slot is None:
             self._stats.drop("no_buffer")
             return False
-        self._slot, self.readings = slot, Readings()
+        self._slot = slot
+        if (stack.name, stack.num_layers) != self._observed_stack:
+            self._slow, self._observed_stack = SlowSignals(), (stack.name, stack.num_layers)
+        self.readings = Readings() if self._slow.is_due(training.step) else None
         aligned = align_mask(mask, leading)
-        self._rows, num_valid = order_rows(
-            num_tokens,
-            self._share,
-            seed=self._seed,
-            step=training.step,
-            data_rank=self._data_rank,
-            mask=aligned,
-            device=state.device,
-        )
-        self._num_valid = None if aligned is None else num_valid
+        if aligned is None:
+            self._rows, self._num_valid = self._ahead.at(training.step, num_tokens), None
+            if state.device.type != "cpu":
+                self._rows = self._rows.to(state.device, non_blocking=True)
+        else:
+            self._rows, self._num_valid = order_rows(
+                num_tokens,
+                self._share,
+                seed=self._seed,
+                step=training.step,
+                data_rank=self._data_rank,
+                mask=aligned,
+                device=state.device,
+            )
         host = slot.tensor(shape, self._dtype)
         if state.device.type == "cpu":
             self._stage, self._buffer = None, host
@@ -166,11 +182,14 @@ class Sampler:
             return None
         self._slot = None
         host = slot.tensor(self._buffer.shape, self._buffer.dtype)
-        gathered = self.readings.gather(self._buffer.device)
-        keys, values = ((), None) if gathered is None else (gathered.keys, gathered.values)
+        gathered = None if self.readings is None else self.readings.gather(self._buffer.device)
+        values = None if gathered is None else gathered.values
         num_valid, ready, masked = self._num_valid, None, self._num_valid is not None
         if self._stage is not None:
             num_valid, values, ready = self._stage.copy_out(host, num_valid, values)
+        if self.readings is not None:
+            self._slow.note(self._training.step)
+            self._observed, self._observations = () if gathered is None else gathered.keys, values
         return RankSnapshot(
             training=self._training,
             slot=slot,
@@ -180,8 +199,8 @@ class Sampler:
             masked=masked,
             num_layers=self._num_layers,
             paired=self._paired,
-            observed=keys,
-            observations=values,
+            observed=self._observed,
+            observations=self._observations,
         )
 
     def abandon(self) -> None:
@@ -240,8 +259,11 @@ def _common(known: torch.dtype | None, found: torch.dtype) -> torch.dtype:
 
 
 def all_finite(states: Tensor) -> bool:
-    """Return True if host `states` hold no NaN and no infinity. Uses one thread, without the interpreter's lock."""
+    """Return True if host `states` (P, N, D) hold no NaN and no infinity.
+
+    Uses one thread, without the interpreter's lock.
+    """
     if states.dtype == torch.bfloat16:
-        bits = states.view(torch.int16).numpy()
-        return not bool(((bits & 0x7F80) == 0x7F80).any())
-    return bool(np.isfinite(states.numpy()).all())
+        return not any(bool(((point & 0x7F80) == 0x7F80).any()) for point in states.view(torch.int16).numpy())
+    values = states.numpy()
+    return all(bool(np.isfinite(part).all()) for part in (values if values.nbytes > ONE_PASS_BYTES else (values,)))

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from koopmon.agent.capture.backward_loss import BackwardLoss
 from koopmon.agent.capture.gradient_norm import GradientNorm
 from koopmon.agent.capture.log_partition import log_partition, vocabularies
+from koopmon.agent.capture.slow_signals import SlowSignals
 from koopmon.agent.capture.update_rms import UpdateRms
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.kss.grad_scaler import ScalerFinder, calling_scaler
@@ -39,6 +40,8 @@ class StepScalars:
         self._update = UpdateRms()
         self._vocabularies: frozenset[int] | None = None
         self._log_partition: Tensor | None = None
+        self._slow = SlowSignals()
+        self._measures_output = False
         self._scaler = ScalerFinder()
         self.active = False
         """True while a step is measured."""
@@ -55,7 +58,7 @@ class StepScalars:
 
     def note_output(self, output: Any) -> None:
         """Note the output of the model in a training forward. The first one of the step counts."""
-        if self.active and self._log_partition is None:
+        if self.active and self._measures_output and self._log_partition is None:
             self._guarded(self._note_output, output, breaker=self._signals)
 
     def after_call(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -88,7 +91,7 @@ class StepScalars:
         self.active = True
         self._norm.clear()
         self._update.end()
-        self._log_partition = None
+        self._log_partition, self._measures_output = None, self._slow.is_due(self._stats.step)
         if self._vocabularies is None:
             self._vocabularies = vocabularies(model)
         self._has_whole_gradients = layout.has_whole_gradients
@@ -120,5 +123,8 @@ class StepScalars:
         self._stats.measure("loss", self._loss.end())
         self._stats.measure("grad_norm", self._norm.end())
         self._stats.measure("update_rms", self._signals.run(self._update.end))
-        self._stats.measure("log_partition", self._log_partition)
+        if self._measures_output:  # else the last value stays
+            self._stats.measure("log_partition", self._log_partition)
+            if self._log_partition is not None:
+                self._slow.note(self._stats.step)
         self._log_partition = None

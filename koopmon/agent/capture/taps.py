@@ -325,7 +325,7 @@ class ResidualTaps:
         return any(
             parameter.grad is not None
             for stack in self._selection.candidates
-            for parameter in stack.points[-1].module.parameters()
+            for parameter in stack.points[-1].parameters()
         )
 
     def step_edge(self, due: tuple[Sampler, TrainingStep] | None, injections: Sequence[Injection]) -> None:
@@ -624,7 +624,7 @@ class ResidualTaps:
         again, kept = recomputing(), self.stack
         state = block_input(self._adapter, kept or stack, point.entry, args, kwargs)
         if not again and not self._in_root and self._is_new_forward(point):
-            gradients = torch.is_grad_enabled() or (state is not None and state.requires_grad and in_checkpoint())
+            gradients = torch.is_grad_enabled() or (state is not None and in_checkpoint())
             self._hook_always()  # the loop bypasses the root
             self._end_forward(complete=True)
             self._begin_forward(point.entry.training, gradients)
@@ -645,7 +645,7 @@ class ResidualTaps:
             self._search.verifier.observe_input(stack, point.layer, args, kwargs)
         elif kept is not None and self._keeps(stack) and state is not None and is_state(state):
             if self._phase is ForwardPhase.SNAPSHOT and not again:
-                if torch.is_grad_enabled() or state.requires_grad or not self._in_gradients:
+                if torch.is_grad_enabled() or state.requires_grad or not self._in_gradients or in_checkpoint():
                     self._capture.begin(kept, state, self._mask)
                 self._capture.enter(kept, point, state)
             for injection in self._injections:
@@ -691,7 +691,7 @@ class ResidualTaps:
 
 def _gradient(stack: Stack) -> Tensor | None:
     """Return the first gradient in the middle block of `stack`."""
-    middle = stack.points[len(stack.points) // 2].module
+    middle = stack.points[len(stack.points) // 2]
     return next((each.grad for each in middle.parameters() if each.grad is not None), None)
 
 

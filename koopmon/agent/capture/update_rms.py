@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from koopmon.no_gradients import without_gradients
+
 SECOND_MOMENT = "exp_avg_sq"
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -27,7 +29,7 @@ class UpdateRms:
     def __init__(self) -> None:
         self._squares: list[Tensor] = []
 
-    @torch.no_grad()
+    @without_gradients
     def add(self, optimizer: Optimizer, norms: Mapping[int, Tensor] = MappingProxyType({})) -> None:
         """Add the parameters that `optimizer` is about to update. Those without a second moment do not count.
 
@@ -42,20 +44,23 @@ class UpdateRms:
             lengths = [each for each in known if each is not None]
             if len(lengths) < len(gradients):
                 lengths = list(torch._foreach_norm(gradients, 2.0, dtype=torch.float32))
-            sizes = torch.stack(lengths).square()
-            usual = torch.stack(_sums(moments)) / _correction(optimizer, group)
+            sizes = torch.stack(lengths).square_().mul_(_correction(optimizer, group))
             if scale is not None:
                 sizes = sizes / scale.reshape(()).square()
-            self._squares.append(torch.where(usual > 0, sizes / usual, torch.nan))
+            usual = torch.stack(_sums(moments))
+            self._squares.append(torch.where(usual > 0, sizes.div_(usual), torch.nan))
 
-    @torch.no_grad()
+    @without_gradients
     def end(self) -> Tensor | None:
         """Return the result, a scalar; None without second moments. Forgets them."""
         squares, self._squares = self._squares, []
         if not squares:
             return None
-        mean: Tensor = torch.cat([each.to(squares[0].device) for each in squares]).nanmean()
-        return mean.sqrt()
+        first = squares[0]
+        if len(squares) > 1:
+            first = torch.cat([each.to(first.device) for each in squares])
+        mean: Tensor = first.nanmean()
+        return mean.sqrt_()
 
 
 def _pairs(optimizer: Optimizer, group: dict[str, Any]) -> tuple[list[int], list[Tensor], list[Tensor]]:
@@ -90,6 +95,8 @@ def _correction(optimizer: Optimizer, group: dict[str, Any]) -> Any:
     steps = (optimizer.state.get(each, {}).get("step") for each in group["params"])
     step = next((each for each in steps if each is not None), group.get("step"))
     betas = group.get("betas")
+    if isinstance(step, Tensor) and step.device.type == "cpu":
+        step = float(step)
     if step is None or not isinstance(betas, (tuple, list)) or len(betas) < 2:
         return 1.0
     return 1.0 - betas[1] ** step

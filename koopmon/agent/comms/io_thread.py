@@ -135,7 +135,9 @@ class IOThread:
         data: DataSender | None = None
         num_bursts = 0
         while not self._stopping:
-            poller.wait(max(0.0, channel.next_due() - time.monotonic()))
+            awake = poller.wait(max(0.0, channel.next_due() - time.monotonic()))
+            if awake == [self._wakeup] and self._ship(channel, data, identity) and not self._has_more_work(channel):
+                continue  # after a snapshot that was sent there is nothing to read or to check
             if channel.description is not self._description:
                 channel.describe(self._description)
             control.retry()
@@ -189,7 +191,12 @@ class IOThread:
             channel.warn(time.monotonic(), "data", f"no snapshots are sent: {error}")
         return data
 
-    def _ship(self, channel: ControlChannel, data: DataSender | None, identity: Identity) -> None:
+    def _has_more_work(self, channel: ControlChannel) -> bool:
+        return channel.description is not self._description or time.monotonic() >= channel.next_due()
+
+    def _ship(self, channel: ControlChannel, data: DataSender | None, identity: Identity) -> bool:
+        """Send what is queued. Returns True if nothing was dropped."""
+        complete = True
         while self._outbox:
             item = self._outbox.popleft()
             if isinstance(item, CommandResult):
@@ -198,6 +205,8 @@ class IOThread:
                 self._stats.sent += 1
             else:
                 self._stats.drop(reason)
+                complete = False
+        return complete
 
     def _send_snapshot(self, snapshot: RankSnapshot, data: DataSender | None, identity: Identity) -> DropReason | None:
         if snapshot.ready is not None:
@@ -209,7 +218,7 @@ class IOThread:
         reason: DropReason | None = None
         if num_samples < MIN_SAMPLES:
             reason = "incomplete"
-        elif not all(all_finite(state) for state in states):
+        elif not all_finite(states):
             reason = "not_finite"
         self._stats.finite = reason != "not_finite"
         if data is None or reason is not None:
@@ -231,7 +240,7 @@ class IOThread:
             paired=snapshot.paired,
             observables=_observables(snapshot, snapshot.num_layers),
         )
-        return data.send(encode(shard, list(states)), snapshot.slot)
+        return data.send(encode(shard, states), snapshot.slot)
 
     def _discard(self) -> None:
         """Drop the snapshots that were not sent."""

@@ -21,12 +21,13 @@ class StepListener(Protocol):
         """Handle the end of a step of any optimizer of the process, attached or not. It must not raise."""
 
 
-_listeners: weakref.WeakSet[StepListener] = weakref.WeakSet()
+_listeners: list[weakref.ref[StepListener]] = []
+"""Each once. A plain list: each step of each optimizer walks through it."""
 
 
 def listen(listener: StepListener) -> None:
     """Call `listener` after each step of any optimizer, while it lives."""
-    _listeners.add(listener)
+    _listeners[:] = [each for each in _listeners if each() not in (None, listener)] + [weakref.ref(listener)]
     prepare()
 
 
@@ -39,5 +40,6 @@ def prepare() -> None:
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     if not torch.compiler.is_compiling() and not is_view(optimizer):
-        for each in list(_listeners):
-            each.on_any_step(optimizer)
+        for reference in tuple(_listeners):
+            if (each := reference()) is not None:
+                each.on_any_step(optimizer)

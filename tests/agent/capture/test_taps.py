@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from koopmon.agent.capture.sampler import all_finite
 from koopmon.spectral import stack_exponent, update_exponent
 from koopmon.token_sampling import choose_rows
 from tests.agent.models import (
@@ -304,3 +305,16 @@ for bad in (torch.nan, torch.inf):
 """
     python(program, monitor.endpoint)
     assert all(torch.isfinite(states.float()).all() for _, states in monitor.shards)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (5, 300, 256)])
+def test_states_that_are_not_finite_are_noticed(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    states = torch.full(shape, torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(states)
+    assert all_finite(states[:, :3]), "a mask may leave out the last rows"
+    for place in ((0, 0, 0), (1, 4, 3), (-1, -1, -1)):
+        for value in (float("nan"), float("inf"), -float("inf")):
+            broken = states.clone()
+            broken[place] = value
+            assert not all_finite(broken)
