@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from koopmon.agent.control.lr_backoff import MIN_EFFECTIVE_SCALE
-from koopmon.agent.control.rate_shares import Shares, factors, outgrown
+from koopmon.agent.control.rate_shares import Shares, factors, outgrown, shares_of
 from koopmon.agent.control.rewind import INTERVAL_STEPS, SECOND_SLOT, START_COPY_STEPS
 from koopmon.agent.control.state_copies import StateCopy, TrainingState
 from koopmon.config import KssConfig, PolicyConfig, RiskConfig
@@ -57,7 +57,7 @@ class Copies:
     def take(self, step: int, rate: float, rates: tuple[float, ...] = ()) -> None:
         """Take the copies that are due after `step` updates, the last one at `rate`; `rates` are those of the groups."""
         if step == 0:
-            self._start.take(TrainingState(self._model, self._optimizers), 0, 0.0, rates)
+            self._start.take(TrainingState(self._model, self._optimizers), 0, 0.0)
         elif step % INTERVAL_STEPS == 0:
             if step % (SECOND_SLOT * INTERVAL_STEPS) == 0:
                 self._recent, self._older = self._older, self._recent
@@ -118,11 +118,10 @@ class Controller:
         self._copies = copies
         self._cap: Cap | None = None
         self._rates = (0.0, 0.0)
+        """Rates of both groups of parameters, before the scale and within the bounds on them."""
         self._shares: Shares = {}
         self.apart = 1.0
-        """Rate in force of the second group, over that of the first."""
-        self.scheduled = 0.0
-        """Largest rate of both, before the scale."""
+        """Rate of the second group over that of the first."""
         self._rate = 0.0
         self.num_rewinds = self.lost_steps = 0
         self._ramp = (0, 0, 1.0, 1.0)
@@ -135,7 +134,7 @@ class Controller:
 
         A second group of parameters has `apart` times that rate.
         """
-        self._rates, before = (scheduled, scheduled * apart), self._rates
+        asked, before = (scheduled, scheduled * apart), self._rates
         due = [action for at, action in self._waiting if at <= step]
         self._waiting = [(at, action) for at, action in self._waiting if at > step]
         for action in due:
@@ -144,30 +143,39 @@ class Controller:
             if action.max_rate is not None:
                 self._cap = Cap(action.max_rate, step, action.warmup_steps, self._cap.peak if self._cap else 0.0)
             if action.rewind is not None:
-                self._rewind(step, action.rewind)
+                self._rewind(step, action.rewind, self._bounded(asked))
             if action.kss is not None:
                 self._kss_ramp = (step, action.ramp_steps, self.kss.alpha, action.kss.alpha)
                 self.kss = action.kss if action.kss.alpha > 0 else replace_alpha(self.kss, self.kss.alpha)
-        self.apart = apart * factors(self._shares, self._rates)[1]
-        scheduled = self.scheduled = scheduled * max(
-            1.0, self.apart
-        )  # the agent reports the largest rate of all groups
+        self._rates = self._bounded(asked)
+        first, second = factors(self._shares, asked)
+        self.apart = apart * second / first
         if self._policy is not None:
             self.lr_scale = _ramped(self._ramp, step)
             if self._cap is not None:
-                self.lr_scale = min(self.lr_scale, self._cap.scale(step, scheduled))
+                self.lr_scale = min(self.lr_scale, self._cap.scale(step, self.scheduled))
             self.kss = replace_alpha(self.kss, _ramped(self._kss_ramp, step))
         self.min_lr_scale = min(self.min_lr_scale, self.lr_scale)
         if self._copies is not None:
             self._copies.take(step, self._rate, before)
-        self._rate = scheduled * self.lr_scale
+        self._rate = self.scheduled * self.lr_scale
 
-    def _rewind(self, step: int, wanted: Rewind) -> None:
+    @property
+    def scheduled(self) -> float:
+        """Rate before the scale, as the agent reports it: the largest one of both groups."""
+        return max(self._rates)
+
+    def _bounded(self, rates: tuple[float, float]) -> tuple[float, float]:
+        first, second = factors(self._shares, rates)
+        return rates[0] * first, rates[1] * second
+
+    def _rewind(self, step: int, wanted: Rewind, rates: tuple[float, float]) -> None:
         copy_step = None if self._copies is None else self._copies.restore(step, wanted)
         outcome: AckOutcome = "refused" if copy_step is None else "applied"
         if copy_step is not None and self._copies is not None:
-            if shares := outgrown(self._copies.rates(copy_step), self._rates):
-                self._shares = shares
+            before = self._copies.rates(copy_step)
+            if found := outgrown(before, rates, wanted.max_rate, self._shares):
+                self._shares = {**self._shares, **shares_of({*self._shares, *found}, before)}
                 self._cap = None if self._cap is None else replace(self._cap, peak=0.0)
             self.num_rewinds, self.lost_steps = self.num_rewinds + 1, self.lost_steps + step - copy_step
             self._history = RiskState()

@@ -23,6 +23,7 @@ from benchmarks.proving_ground.models import VOCABULARY, Family, attentions, bui
 from benchmarks.proving_ground.optimizers import OptimizerName, set_rate
 from benchmarks.proving_ground.optimizers import build as build_optimizers
 from koopmon.agent.capture.log_partition import log_partition
+from koopmon.agent.capture.slow_signals import SlowSignals
 from koopmon.agent.capture.update_rms import UpdateRms
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.config import CadenceConfig, RiskConfig, merged
@@ -290,6 +291,8 @@ class Recorder:
         self._steps: list[int] = []
         self._rows: list[dict[str, list[float]]] = []
         self._log_partition: Tensor | None = None
+        self._slow = SlowSignals()
+        self._logits: list[float | None] = []
 
     def start(self) -> None:
         blocks = self._blocks
@@ -306,9 +309,15 @@ class Recorder:
     def _take_output(self, logits: Tensor) -> None:
         self._log_partition = log_partition(logits, (VOCABULARY,))
 
-    def logits(self) -> list[float]:
-        """Return the largest attention logit of each layer in the last snapshot; empty where none is known."""
-        return [each for each in self._rows[-1]["max_logit"] if math.isfinite(each)]
+    def logits(self) -> list[float | None]:
+        """Return the largest attention logit of each layer as the agent reports it; None where it is unknown.
+
+        In a calm cadence the agent repeats the values of an earlier snapshot.
+        """
+        if self._slow.is_due(self._steps[-1]):
+            self._slow.note(self._steps[-1])
+            self._logits = [each if math.isfinite(each) else None for each in self._rows[-1]["max_logit"]]
+        return self._logits
 
     def note_update(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Add the update RMS of the update that follows, as the agent measures it: after clipping, before the step."""

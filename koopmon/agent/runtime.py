@@ -536,7 +536,6 @@ class AgentRuntime:
 
     def _before_step(self, update: Update) -> None:
         started = time.perf_counter()
-        self.stats.measured["learning_rate"].put(self.optimizers.largest_rate())
         self.taps.forward_over()
         state, step = self.lifecycle.state, self.stats.step
         state.before_step(step)
@@ -545,6 +544,7 @@ class AgentRuntime:
         control = state.control
         for apply in self._others[0]:
             apply(control, step, update)
+        self.stats.measured["learning_rate"].put(self.optimizers.largest_rate())  # within the bounds in force
         self.stats.hook_seconds += time.perf_counter() - started
 
     def _after_step(self) -> None:

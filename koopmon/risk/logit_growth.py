@@ -30,16 +30,17 @@ class LogitGrowth:
     step: Step | None = None
     """Step of the last one."""
     value: Annotated[float, Meta(ge=0.0)] = 0.0
-    """Newest logit over the median of `logits`, in units of GROWTH; 0 below LEAST_LOGIT or without enough logits."""
+    """Newest logit over the level, in units of GROWTH; 0 below LEAST_LOGIT or without enough logits.
+
+    The level is the median of `logits`, and at least 1.
+    """
 
     def after(self, step: int, logit: float | None) -> LogitGrowth:
-        """Return the history after the snapshot of `step`; `logit` is None where it is unknown."""
+        """Return the history after the snapshot of `step`, a later one; `logit` is None where it is unknown."""
         if logit is None or not 0.0 < logit < math.inf:
             return LogitGrowth(self.logits, self.step)
-        # Steps that go back mean a new start from a checkpoint.
-        before = self if self.step is None or step > self.step else LogitGrowth()
-        known = len(before.logits) >= MIN_LOGITS and logit >= LEAST_LOGIT
-        value = logit / (statistics.median(before.logits) * GROWTH) if known else 0.0
-        if before.step is not None and step - before.step < SPACING:
-            return LogitGrowth(before.logits, before.step, value)
-        return LogitGrowth((*before.logits, logit)[-NUM_LOGITS:], step, value)
+        known = len(self.logits) >= MIN_LOGITS and logit >= LEAST_LOGIT
+        value = logit / (max(statistics.median(self.logits), 1.0) * GROWTH) if known else 0.0
+        if self.step is not None and step - self.step < SPACING:
+            return LogitGrowth(self.logits, self.step, value)
+        return LogitGrowth((*self.logits, logit)[-NUM_LOGITS:], step, value)

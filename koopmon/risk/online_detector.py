@@ -277,7 +277,8 @@ def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tu
         grown = _risk_of_logits(state, observation, risk)
         if grown > risk.value:
             risk = replace(risk, value=grown, by_logits=True)
-            found.setdefault("attention", causes.grown_logits(observation, state.logits.value))
+            if state.logits.value >= 1.0:
+                found.setdefault("attention", causes.grown_logits(observation, state.logits.value))
     if found:
         risk = replace(risk, causes=tuple(found), reason="; ".join((*found.values(), risk.reason)))
     return state, risk
@@ -313,7 +314,14 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     # Steps that go back mean a new start from a checkpoint, and other layers mean another model. A difference to the
     # last snapshot has no meaning in both cases.
     if state.step is None or observation.step <= state.step or changed:
-        fresh = replace(state, step=observation.step, z=z, recent=(z,), speed=(), restlessness=0.0, lr_scale=1.0)
+        fresh = RiskState(
+            initial_expansive_mass=state.initial_expansive_mass,
+            step=observation.step,
+            z=z,
+            recent=(z,),
+            surprise=state.surprise,
+            update_rms=state.update_rms,
+        )
         first = "first snapshot"
         return fresh, OnlineRisk(value=0.0, forecast=forecast, reason=first, excess_rate=excess, components=foreseen)
     before = tuple(each for each in state.recent if len(each) == len(z))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from koopmon.agent.control.action import ControlAction, RequestRefusedError, Target, Update
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rate_shares import from_parameters
-from koopmon.agent.control.scale_proof import ScaleProof, prove
+from koopmon.agent.control.scale_proof import ScaleProof, prove, prove_groups
 from koopmon.agent.control.scaled_view import close_view, scaled_view
-from koopmon.agent.control.state import ActionState, ControlState
+from koopmon.agent.control.state import ControlState
 from koopmon.config import LimitsConfig
 from koopmon.plugins import Selection
 from koopmon.wire.messages import MAX_RATE, Applied, Command
@@ -43,7 +43,7 @@ class LrBackoff(ControlAction):
 
     A cap on the peak rate is in the parameters: `max_rate`, the step `capped_from` at which the first cap was set, the
     peak `peak_rate` that an earlier launch followed (0 without one), and the warm-up of `warmup_steps` from step
-    `warmup_from` on.
+    `warmup_from` on. The bounds on single groups (`rate_shares`) are parameters of the rewind that found them.
     """
 
     kind = "set_lr_scale"
@@ -93,6 +93,19 @@ class LrBackoff(ControlAction):
             where = "has no learning rate" if rate is None else "has its learning rate on a device"
             raise RequestRefusedError(f"max_rate is refused: the optimizer {where}")
 
+    def refusal_of_bounds(self, groups: Collection[int]) -> str:
+        """Return the reason why the rates of these groups cannot be bounded apart from the others; empty if they can.
+
+        Groups are numbered over all optimizers.
+        """
+        first = 0
+        for optimizer in self._optimizers:
+            own = {each - first for each in groups if 0 <= each - first < len(optimizer.param_groups)}
+            first += len(optimizer.param_groups)
+            if own and (refusal := prove_groups(optimizer, own)):
+                return refusal
+        return ""
+
     def _proof(self, optimizer: Optimizer, *, again: bool = False) -> ScaleProof:
         """Return the result of the check, which a new group repeats, and `again` if there was none."""
         num_groups = len(optimizer.param_groups)
@@ -140,26 +153,23 @@ class LrBackoff(ControlAction):
             self.revert()  # a step() raised: its post-hook never ran
         if self.kind not in state.actions:
             return
-        cap = self.parameters(state)
-        self._bound_groups(state.actions.get("rewind") if cap else None)
-        if cap:
+        self.bound_groups(state, step)
+        if cap := self.parameters(state):
             self._follow_peak(int(cap["capped_from"]))
-        scale, factors = self.effective(state, step), self._factors(update.optimizer)
-        if scale != self.neutral or any(factor < 1.0 for factor in factors):
+        scale, factors = self.effective(state, step), self._optimizers.factors(update.optimizer)
+        if scale != self.neutral or any(each < 1.0 for each in factors):
             self._scale(update, scale, factors)
 
-    def _bound_groups(self, rewind: ActionState | None) -> None:
-        """Bound the rates of the groups that a rewind under a cap found to have outgrown the others."""
-        shares = {} if rewind is None else from_parameters(rewind.parameters)
-        if shares != self._optimizers.shares:
-            # The peak so far is that of the groups at fault.
-            self._optimizers.shares, self._peak = shares, (-1, 0.0)
+    def bound_groups(self, state: ControlState, step: int) -> None:
+        """Put the bounds on single groups in force. They are in the state of the rewind."""
+        rewind = state.actions.get("rewind")
+        if rewind is not None and self._optimizers.bound(
+            from_parameters(rewind.parameters), rewind.ramp.linear(step)
+        ):
+            self._peak = -1, 0.0  # that of the groups at fault
 
-    def _factors(self, optimizer: Optimizer) -> list[float]:
-        return self._optimizers.factors(optimizer) if self._optimizers.shares else []
-
-    def _scale(self, update: Update, scale: float, factors: Sequence[float] = ()) -> None:
-        """Run `update` on a view of its optimizer whose rates are multiplied by `scale` and `factors` in (0, 1]."""
+    def _scale(self, update: Update, scale: float, factors: Sequence[float]) -> None:
+        """Run `update` on a view of its optimizer: `scale` multiplies its rates, and each of `factors` that of a group."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             return  # a graph would keep the scale for ever; its replays run no step and are only watched
         optimizer = update.optimizer

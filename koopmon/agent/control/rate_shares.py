@@ -1,61 +1,83 @@
-"""Parameter groups whose learning rate has outgrown that of the other groups since a copy was taken.
+"""Bounds on the learning rates of single parameter groups.
 
-A single group at a rate that is too high, as that of the attention, ruins a training whose other groups are healthy.
-A rate that is lowered for all groups stops these others. A rewind therefore bounds the rate of such a group by its
-share of another group's rate, as it was when the copy was taken. The bound has no effect once the schedule itself is
-within it.
+One group at a rate that is too high, such as that of the attention, ruins a training whose other groups are healthy. A
+lower rate for all groups stops these others. A rewind therefore bounds the rate of such a group by its share: its rate
+over the largest rate of the other groups, as it was when the copy was taken. The group then follows the schedule of the
+others. The bound has no effect where the group's own rate is within it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from statistics import median_low
+
+from koopmon.agent.control.state import ActionState
+from koopmon.wire.messages import MAX_RATE
 
 OUTGROWN = 2.0
-"""Growth of a group's rate, by itself and relative to the other groups, from which it is bounded. Chosen by hand."""
-PREFIX = "share"
+"""Least growth of a group's rate, over that of the typical group, from which it is bounded. Chosen by hand."""
+MIN_FACTOR = 1e-9
+"""Lower bound on a factor: the update needs one above 0, to give back a rate that the step has written."""
+PREFIX = "share."
 
-Shares = Mapping[int, tuple[int, float]]
-"""Index of a bounded group: the index of the group that it is compared with, and its largest rate over that rate."""
+Shares = Mapping[int, float]
+"""Share of each bounded group, by the group's index over all optimizers."""
 
 
-def outgrown(before: Sequence[float], now: Sequence[float]) -> Shares:
-    """Return the groups whose rates grew by a factor of OUTGROWN since `before`, relative to the typical group as well.
+def outgrown(
+    before: Sequence[float], now: Sequence[float], max_rate: float, bounded: Collection[int] = ()
+) -> list[int]:
+    """Return the groups above `max_rate` whose rates grew since `before` by OUTGROWN times as much as the typical one.
 
-    The typical group is that of the lower median growth. Rates of 0 are left out, and other numbers of groups have no
-    result.
+    The typical growth is the lower median, and at least 1. Groups in `bounded`, and those whose rate was or is 0, infinite
+    or NaN, are left out. If the number of groups changed, none is returned.
     """
     if len(before) != len(now):
-        return {}
-    usable = [each for each in range(len(now)) if 0.0 < before[each] < math.inf and 0.0 < now[each] < math.inf]
-    growth = {each: now[each] / before[each] for each in usable}
-    if not growth:
-        return {}
-    typical = sorted(usable, key=lambda each: (growth[each], each))[(len(usable) - 1) // 2]
-    least = OUTGROWN * max(growth[typical], 1.0)
-    return {each: (typical, before[each] / before[typical]) for each in usable if growth[each] >= least}
+        return []
+    pairs = enumerate(zip(before, now, strict=True))
+    growth = {
+        each: new / old
+        for each, (old, new) in pairs
+        if each not in bounded and 0.0 < old < math.inf and 0.0 < new < math.inf
+    }
+    least = OUTGROWN * max(median_low(growth.values()), 1.0) if growth else math.inf
+    return [each for each, grown in growth.items() if grown >= least and now[each] > max_rate]
+
+
+def shares_of(groups: Collection[int], rates: Sequence[float]) -> Shares:
+    """Return the shares that `groups` have at these rates; empty if no other group has a rate above 0."""
+    largest = _largest_other(groups, rates)
+    return {each: min(rates[each] / largest, MAX_RATE) for each in groups if rates[each] > 0.0} if largest else {}
 
 
 def factors(shares: Shares, rates: Sequence[float]) -> list[float]:
-    """Return the factor in (0, 1] on each rate that bounds the groups in `shares`."""
-    found = [1.0] * len(rates)
-    for each, (typical, share) in shares.items():
-        if max(each, typical) < len(rates) and rates[each] > 0.0 and (bound := share * rates[typical]) > 0.0:
-            found[each] = min(1.0, bound / rates[each])
-    return found
+    """Return the factor in (0, 1] on each rate that bounds the groups in `shares`.
+
+    Without another group at a rate above 0 all are 1.
+    """
+    largest = _largest_other(shares, rates)
+    return [
+        min(1.0, max(MIN_FACTOR, shares[each] * largest / rate)) if largest and rate > 0.0 and each in shares else 1.0
+        for each, rate in enumerate(rates)
+    ]
 
 
-def as_parameters(shares: Shares) -> dict[str, float]:
+def _largest_other(groups: Collection[int], rates: Sequence[float]) -> float:
+    return max((rate for each, rate in enumerate(rates) if each not in groups and 0.0 < rate < math.inf), default=0.0)
+
+
+def as_parameters(shares: Shares) -> dict[str, int | float]:
     """Return `shares` as parameters of an action."""
-    return {f"{PREFIX}.{each}.{typical}": share for each, (typical, share) in shares.items()}
+    return {f"{PREFIX}{each}": share for each, share in shares.items()}
 
 
-def from_parameters(parameters: Mapping[str, int | float]) -> Shares:
+def from_parameters(parameters: Mapping[str, int | float]) -> dict[int, float]:
     """Return the shares among the parameters of an action."""
-    found = {}
-    for name, share in parameters.items():
-        prefix, _, indices = name.partition(".")
-        if prefix == PREFIX and 0.0 < share < math.inf:
-            each, typical = map(int, indices.split("."))
-            found[each] = typical, float(share)
-    return found
+    names = {name: name.removeprefix(PREFIX) for name in parameters if name.startswith(PREFIX)}
+    return {int(each): float(parameters[name]) for name, each in names.items() if each.isdecimal()}
+
+
+def in_force(rewind: ActionState | None) -> dict[int, float]:
+    """Return the shares that the last rewind left in force, from its part of the state; empty once they are released."""
+    return {} if rewind is None or rewind.ramp.target == 0.0 else from_parameters(rewind.parameters)

@@ -19,17 +19,18 @@ from typing import Any
 import msgspec
 from torch import Tensor, nn
 
+from koopmon.agent.control import rate_shares
 from koopmon.agent.control.action import NEVER, Completion, ControlAction, RequestRefusedError, Target, Update
 from koopmon.agent.control.lr_backoff import LrBackoff
 from koopmon.agent.control.optimizer_set import OptimizerSet
-from koopmon.agent.control.rate_shares import PREFIX, as_parameters, from_parameters, outgrown
+from koopmon.agent.control.rate_shares import Shares
 from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.agent.control.state_copies import CannotCopyError, Key, StateCopy, TrainingState, copied_buffers
 from koopmon.agent.stats import AgentStats
 from koopmon.api import ArchitectureAdapter
 from koopmon.config import LimitsConfig
 from koopmon.plugins import Selection
-from koopmon.wire.messages import Applied, Command
+from koopmon.wire.messages import MAX_SHARES, MAX_TEXT, Applied, Command
 
 logger = logging.getLogger("koopmon.agent")
 
@@ -54,7 +55,8 @@ class RewindAction(ControlAction):
     """Keeps copies of the training's state, and returns to one of them on command.
 
     Its parameters are the interval between copies, and of the last command the step at which it came in force
-    (`at_step`) and the step of the copy (`copy_step`), and the bounds on single groups (`rate_shares`).
+    (`at_step`) and the step of the copy (`copy_step`), and the bounds on single groups (`rate_shares`). Its strength is
+    the exponent of their factors.
     """
 
     kind = "rewind"
@@ -77,7 +79,9 @@ class RewindAction(ControlAction):
             self._final = self._refusal = "the agent's limits allow no rewind"
         self._seconds: deque[float] = deque(maxlen=TIMED_COPIES)
         self._rates: tuple[float, ...] = ()
-        """The schedule's rate of each group in the update before the next copy."""
+        """The rates of the groups in the update before the next copy, within the bounds on them."""
+        self._no_bound = ""
+        """The reason why the last rewind bounds no group more; empty if there is none."""
         self._num_copies = 0
         self._num_rewinds = 0
         self._run = ""
@@ -87,7 +91,7 @@ class RewindAction(ControlAction):
 
     def target(self, request: Command | Applied, state: ControlState, step: int) -> Target:
         if isinstance(request, Applied):
-            return self.released(state)
+            return self._restored(request, state)
         asked, most = request.rewind, self._limits.max_rewinds
         assert asked is not None
         if self._refusal:
@@ -98,7 +102,7 @@ class RewindAction(ControlAction):
             raise RequestRefusedError("no rewind: another one comes in force at this step")
         # The rate in force under a cap is a product that may exceed the cap by a rounding error.
         fitting = [
-            copy.step
+            copy
             for copy in (self._start, self._older, self._recent)
             if copy.step is not None
             and (copy.step == 0 or copy.step <= step - asked.min_age_steps)  # no update precedes step 0
@@ -109,15 +113,37 @@ class RewindAction(ControlAction):
             wanted = f"at least {asked.min_age_steps} steps old at a rate of at most {asked.max_rate:.3g}"
             raise RequestRefusedError(f"no rewind: no copy is {wanted}; copies: {ages}")
         self._run = request.run
-        parameters = {**self.parameters(state), "at_step": step, "copy_step": max(fitting)}
-        if self._backoff.parameters(state):  # bounds on single groups belong to a cap
-            before = next(copy.rates for copy in self._held() if copy.step == max(fitting))
-            parameters |= as_parameters(outgrown(before, self._optimizers.rates()))
-        return Target(1.0, parameters)
+        copy = max(fitting, key=lambda each: each.step or 0)
+        shares = rate_shares.as_parameters(self._shares_from(copy, asked.max_rate, state))
+        kept = {name: each for name, each in self.parameters(state).items() if not name.startswith(rate_shares.PREFIX)}
+        return Target(1.0, {**kept, "at_step": step, "copy_step": copy.step or 0, **shares})
 
-    def released(self, state: ControlState) -> Target:
-        kept = {name: value for name, value in self.parameters(state).items() if not name.startswith(PREFIX)}
-        return Target(self.neutral, kept, acts=False)
+    def _restored(self, applied: Applied, state: ControlState) -> Target:
+        """Return the target that has the bounds of an earlier launch. Its rewinds are not repeated."""
+        shares, num_groups = applied.rate_shares, len(self._optimizers.rates())
+        if shares and max(shares) >= num_groups:
+            asked = f"no bound on parameter group {max(shares)}"
+            raise RequestRefusedError(f"{asked}: the optimizer has {num_groups} groups with a rate that can be read")
+        if refusal := self._backoff.refusal_of_bounds(shares):
+            raise RequestRefusedError(f"no bound on a parameter group: {refusal}")
+        parameters = {**self.parameters(state), **rate_shares.as_parameters(shares)}
+        return Target(1.0 if shares else self.neutral, parameters, acts=False)
+
+    def _shares(self, state: ControlState) -> Shares:
+        """Return the bounds in force. They belong to a cap."""
+        return rate_shares.in_force(state.actions.get(self.kind)) if self._backoff.parameters(state) else {}
+
+    def _shares_from(self, copy: StateCopy, max_rate: float, state: ControlState) -> Shares:
+        """Return the bounds after a rewind to `copy`: those in force, and those of groups that have outgrown the others."""
+        shares, self._no_bound = self._shares(state), ""
+        groups = {*shares, *rate_shares.outgrown(copy.rates, self._optimizers.rates(), max_rate, shares)}
+        if groups == shares.keys() or not self._backoff.parameters(state):
+            return shares
+        if len(groups) > MAX_SHARES:
+            self._no_bound = f"at most {MAX_SHARES} groups can be bounded, not {len(groups)}"
+        else:
+            self._no_bound = self._backoff.refusal_of_bounds(groups)
+        return shares if self._no_bound else {**shares, **rate_shares.shares_of(groups, copy.rates)}
 
     def tuned(self, state: ControlState) -> ControlState:
         seconds = self._stats.step_seconds
@@ -136,6 +162,9 @@ class RewindAction(ControlAction):
 
     def _interval(self, state: ControlState) -> int:
         return int(self.parameters(state).get("interval", INTERVAL_STEPS))
+
+    def applied(self, state: ControlState, step: int) -> Mapping[str, Any]:
+        return {"rate_shares": self._shares(state)}
 
     # Facts.
 
@@ -167,6 +196,7 @@ class RewindAction(ControlAction):
                 self._give_up(str(error)[:200])
 
     def apply(self, state: ControlState, step: int, update: Update) -> None:
+        self._backoff.bound_groups(state, step)
         if not self._final and (step == 0 or (step + 1) % self._interval(state) == 0):
             self._rates = self._optimizers.rates()
             self._check_coverage()
@@ -181,7 +211,7 @@ class RewindAction(ControlAction):
         training = self._training()
         if self._within_limit(training.nbytes):
             training.tensors |= self._first_buffers or {}
-            self._start.take(training, 0, 0.0, self._rates)
+            self._start.take(training, 0, 0.0)
         self._first_buffers = {}
 
     def _within_limit(self, nbytes: int) -> bool:
@@ -253,7 +283,9 @@ class RewindAction(ControlAction):
             training = self._training()
         except _FAILURES as error:
             self._give_up(str(error)[:200])
-        ready = copy is not None and training is not None and copy.fits(training)
+        shares = self._shares(state)
+        bounds = max(shares, default=-1) < len(self._optimizers.rates())
+        ready = copy is not None and training is not None and copy.fits(training) and bounds
         if not agree(ready) or copy is None or training is None:
             return Completion("failed", f"the copy of step {copy_step} no longer fits the training on every rank")
         copy.restore(training)
@@ -262,7 +294,8 @@ class RewindAction(ControlAction):
                 each.clear()
         self._num_rewinds += 1
         cap = self._backoff.parameters(state).get("max_rate")
-        bounded = len(from_parameters(self.parameters(state)))
+        more = f"; parameter groups with a bound on their rate: {len(shares)}" if shares else ""
+        more += f"; no further bound: {self._no_bound}" if self._no_bound else ""
         logger.log(
             logging.WARNING if self._run else logging.DEBUG,
             "koopmon: %s: weights and optimizer state returned from step %d to step %d, %d steps are lost, %s%s",
@@ -271,10 +304,9 @@ class RewindAction(ControlAction):
             copy_step,
             step - copy_step,
             "the learning rate is not capped" if cap is None else f"the learning rate is capped at {cap:.3g}",
-            f", {bounded} of its groups at the rate they had beside the others" if bounded else "",
+            more,
         )
-        more = f", {bounded} groups bounded by their rate beside the others" if bounded else ""
-        return Completion("applied", f"returned to step {copy_step}{more}")
+        return Completion("applied", f"returned to step {copy_step}{more}"[:MAX_TEXT])
 
     def _training(self) -> TrainingState:
         model = self._model()
