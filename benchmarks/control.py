@@ -55,7 +55,7 @@ class Copies:
         self._start, self._recent, self._older = StateCopy(), StateCopy(), StateCopy()
 
     def take(self, step: int, rate: float, rates: tuple[float, ...] = ()) -> None:
-        """Take the copies that are due after `step` updates, the last one at `rate`; `rates` are those of the groups."""
+        """Take the copies that are due after `step` updates, the last one at `rate`, and the groups at `rates`."""
         if step == 0:
             self._start.take(TrainingState(self._model, self._optimizers), 0, 0.0)
         elif step % INTERVAL_STEPS == 0:

@@ -1381,7 +1381,10 @@ def test_a_jump_of_the_rate_asks_for_a_closer_look(before: float | None, now: fl
     if asks:
         assert now is not None
         until = 1 + run.config.dense_steps
-        assert decision.commands[0].reason == f"the learning rate rose to {now:.3g}: a snapshot every step until step {until}"
+        assert (
+            decision.commands[0].reason
+            == f"the learning rate rose to {now:.3g}: a snapshot every step until step {until}"
+        )
         assert decision.commands[0].cadence_until_step == until
     assert run.see(CALM, learning_rate=now).commands == ()
 

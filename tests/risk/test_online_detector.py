@@ -497,9 +497,7 @@ def with_logits(logits: list[float | None], **fields: Any) -> list[OnlineRisk]:
     state, risks = RiskState(), []
     for index, logit in enumerate(logits):
         training: dict[str, Any] = {"learning_rate": rate, "width": 100, "exponent": 0.0, **fields}
-        observed = replace(
-            seen(10 * index, (0.5, 0.6), **training), max_attention_logit=logit, max_attention_layer=1
-        )
+        observed = replace(seen(10 * index, (0.5, 0.6), **training), max_attention_logit=logit, max_attention_layer=1)
         state, risk = assess(state, observed, CONFIG)
         risks.append(risk)
     return risks
@@ -539,7 +537,9 @@ def test_an_alarm_by_the_update_ratios_is_not_by_the_logits() -> None:
     state = RiskState()
     for step in range(100):
         observed = replace(
-            seen(step, (0.5,) if step < 97 else (50.0 + 900.0 * (step % 2),), learning_rate=1.0, width=100, exponent=0.0),
+            seen(
+                step, (0.5,) if step < 97 else (50.0 + 900.0 * (step % 2),), learning_rate=1.0, width=100, exponent=0.0
+            ),
             max_attention_logit=20.0 if step < 97 else 60.0,
             max_attention_layer=0,
         )

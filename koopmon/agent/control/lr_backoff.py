@@ -163,13 +163,11 @@ class LrBackoff(ControlAction):
     def bound_groups(self, state: ControlState, step: int) -> None:
         """Put the bounds on single groups in force. They are in the state of the rewind."""
         rewind = state.actions.get("rewind")
-        if rewind is not None and self._optimizers.bound(
-            from_parameters(rewind.parameters), rewind.ramp.linear(step)
-        ):
+        if rewind is not None and self._optimizers.bound(from_parameters(rewind.parameters), rewind.ramp.linear(step)):
             self._peak = -1, 0.0  # that of the groups at fault
 
     def _scale(self, update: Update, scale: float, factors: Sequence[float]) -> None:
-        """Run `update` on a view of its optimizer: `scale` multiplies its rates, and each of `factors` that of a group."""
+        """Run `update` on a view of its optimizer: `scale` multiplies its rates, each of `factors` that of a group."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             return  # a graph would keep the scale for ever; its replays run no step and are only watched
         optimizer = update.optimizer

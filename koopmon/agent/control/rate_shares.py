@@ -28,7 +28,7 @@ Shares = Mapping[int, float]
 def outgrown(
     before: Sequence[float], now: Sequence[float], max_rate: float, bounded: Collection[int] = ()
 ) -> list[int]:
-    """Return the groups above `max_rate` whose rates grew since `before` by OUTGROWN times as much as the typical one.
+    """Return the groups above `max_rate` whose rates grew OUTGROWN times as much as the typical one since `before`.
 
     The typical growth is the lower median, and at least 1. Groups in `bounded`, and those whose rate was or is 0, infinite
     or NaN, are left out. If the number of groups changed, none is returned.
@@ -73,11 +73,11 @@ def as_parameters(shares: Shares) -> dict[str, int | float]:
 
 
 def from_parameters(parameters: Mapping[str, int | float]) -> dict[int, float]:
-    """Return the shares among the parameters of an action."""
-    names = {name: name.removeprefix(PREFIX) for name in parameters if name.startswith(PREFIX)}
-    return {int(each): float(parameters[name]) for name, each in names.items() if each.isdecimal()}
+    """Return the shares among the parameters of an action. Those out of bounds are left out."""
+    named = ((name.removeprefix(PREFIX), share) for name, share in parameters.items() if name.startswith(PREFIX))
+    return {int(each): float(share) for each, share in named if each.isdecimal() and 0.0 < share <= MAX_RATE}
 
 
 def in_force(rewind: ActionState | None) -> dict[int, float]:
-    """Return the shares that the last rewind left in force, from its part of the state; empty once they are released."""
+    """Return the shares that the last rewind left in force, from its part of the state; empty once released."""
     return {} if rewind is None or rewind.ramp.target == 0.0 else from_parameters(rewind.parameters)

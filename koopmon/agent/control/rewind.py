@@ -134,7 +134,7 @@ class RewindAction(ControlAction):
         return rate_shares.in_force(state.actions.get(self.kind)) if self._backoff.parameters(state) else {}
 
     def _shares_from(self, copy: StateCopy, max_rate: float, state: ControlState) -> Shares:
-        """Return the bounds after a rewind to `copy`: those in force, and those of groups that have outgrown the others."""
+        """Return the bounds after a rewind to `copy`: those in force, and of groups that have outgrown the others."""
         shares, self._no_bound = self._shares(state), ""
         groups = {*shares, *rate_shares.outgrown(copy.rates, self._optimizers.rates(), max_rate, shares)}
         if groups == shares.keys() or not self._backoff.parameters(state):

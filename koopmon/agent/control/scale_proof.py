@@ -64,7 +64,7 @@ def prove(optimizer: Optimizer) -> ScaleProof:
 
 
 def prove_groups(optimizer: Optimizer, groups: Collection[int]) -> str:
-    """Return the reason why a scale of the rates of these groups does not change their updates alone; empty if it does."""
+    """Return the reason why a scale of these groups' rates does not change their updates alone; empty if it does."""
     return _prove(optimizer, groups).refusal
 
 
@@ -154,7 +154,12 @@ def _kind(group: dict[str, Any]) -> frozenset[tuple[str, Any]]:
 
 
 def _updates(
-    optimizer: Optimizer, sample: list[Tensor], from_zero: bool, factors: Sequence[float] = (), *, sets_rate: bool = False
+    optimizer: Optimizer,
+    sample: list[Tensor],
+    from_zero: bool,
+    factors: Sequence[float] = (),
+    *,
+    sets_rate: bool = False,
 ) -> tuple[list[list[float]], list[float]]:
     """Return how far a copy of `optimizer` moves each sampled parameter in each update, and its rates at the end.
 

@@ -491,7 +491,7 @@ class Bounded:
 
     def __init__(self, shares: dict[int, float], max_rate: float = 1.0) -> None:
         weights = list(build().parameters())
-        self.optimizer = AdamW([{"params": weights[:1]}, {"params": weights[1:]}], lr=0.1)
+        self.optimizer = SGD([{"params": weights[:1]}, {"params": weights[1:]}], lr=0.1)
         self.backoff = LrBackoff(LimitsConfig())
         self.members = OptimizerSet(self.optimizer)
         model = build()

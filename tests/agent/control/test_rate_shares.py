@@ -51,7 +51,7 @@ def test_groups_that_outgrew_the_others(before: tuple[float, ...], now: tuple[fl
 
 
 def test_a_group_with_a_bound_is_no_measure_for_the_others() -> None:
-    assert outgrown((1.0, 1.0, 1.0), (1.0, 20.0, 30.0), 2.0) == [1, 2]
+    assert outgrown((1.0, 1.0, 1.0), (1.0, 20.0, 30.0), 2.0) == [], "most groups grew"
     assert outgrown((1.0, 1.0, 1.0), (1.0, 20.0, 30.0), 2.0, {1: 1.0}) == [2]
     assert outgrown((1.0, 1.0, 1.0), (1.0, 20.0, 30.0), 2.0, {0, 1}) == []
 
@@ -109,6 +109,9 @@ def test_shares_pass_through_the_parameters_of_an_action() -> None:
     shares = {1: 0.5, 12: 2.0}
     parameters = {"interval": 16, "at_step": 3, **as_parameters(shares)}
     assert from_parameters(parameters) == shares
+    assert from_parameters({"share.1": math.nan, "share.2": 0.0, "share.3": 1.1 * MAX_RATE, "share.4": MAX_RATE}) == {
+        4: MAX_RATE
+    }
     assert from_parameters({"share.x": 1.0, "share.": 1.0, "share.-1": 1.0, "shares": 1.0, "share.2": 1}) == {2: 1.0}
     part = ActionState(ramp=Ramp(target=1.0), parameters=parameters)
     assert in_force(part) == shares

@@ -934,9 +934,7 @@ def test_a_restarted_launch_has_the_bounds_from_its_first_step_on() -> None:
     killed.ask(20, max_rate=0.2)
     killed.step(20)
     before = killed.in_force(20)
-    kept = Applied(
-        **{**killed.backoff.applied(killed.state, 20), **killed.action.applied(killed.state, 20)}
-    )
+    kept = Applied(**{**killed.backoff.applied(killed.state, 20), **killed.action.applied(killed.state, 20)})
     assert (kept.max_rate, kept.rate_shares) == (0.2, {1: 1.0})
     restarted = Grouped(None)
     restarted.rates(0.1, 3.0, 0.05)

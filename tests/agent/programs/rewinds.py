@@ -1,8 +1,8 @@
 """One rank of trainings that are sent back to a copy, one for each layout; writes what it saw as JSON.
 
 Usage: rewinds.py OUT ENDPOINT LAYOUT..., where LAYOUT is ddp, zero, fsdp1, fsdp1-flat, fsdp2, or `alone`: DDP, where
-only rank 0 keeps copies. In ddp-groups and fsdp2-groups, a second group of parameters trains at 32 times the rate from
-step FAULT on, and is bounded by the rewind. Writes OUT.RANK: by layout the losses after the rewind and those of a plain twin.
+only rank 0 keeps copies. In ddp-groups and fsdp2-groups, a second group trains at 32 times the rate from step FAULT on,
+and the rewind bounds it. Writes OUT.RANK: by layout the losses after the rewind and those of a plain twin.
 """
 
 from __future__ import annotations
