@@ -123,4 +123,4 @@ def test_a_group_at_fault_is_bounded_as_by_the_agent() -> None:
     assert controller.num_rewinds == 1
     assert in_force[82][:2] == (0.001, pytest.approx(1.0))
     assert in_force[83][:2] == (0.0005, pytest.approx(1.0)), "the schedule moves on"
-    assert controller.lost_steps == 82 - 64
+    assert controller.lost_steps == 82 - 48, "the newest copy is of the fault"

@@ -30,8 +30,8 @@ def outgrown(
 ) -> list[int]:
     """Return the groups above `max_rate` whose rates grew OUTGROWN times as much as the typical one since `before`.
 
-    The typical growth is the lower median, and at least 1. Groups in `bounded`, and those whose rate was or is 0, infinite
-    or NaN, are left out. If the number of groups changed, none is returned.
+    The typical growth is the lower median, and at least 1. Groups in `bounded`, and those whose rate was or is 0,
+    infinite or NaN, are left out. If the number of groups changed, none is returned.
     """
     if len(before) != len(now):
         return []

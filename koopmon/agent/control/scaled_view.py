@@ -11,7 +11,7 @@ import weakref
 from collections import UserDict
 from collections.abc import Iterator, MutableMapping, Sequence
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def scaled_view(
         view_class = _view_classes[kind] = _make_view_class(kind)
     view: Any = object.__new__(view_class)
     view.__dict__ = optimizer.__dict__
-    own = zip_longest(optimizer.param_groups, factors[: len(optimizer.param_groups)], fillvalue=1.0)
+    own = zip(optimizer.param_groups, chain(factors, repeat(1.0)), strict=False)
     groups = [ScaledGroup(each, scale * factor, sets_rate) for each, factor in own]
     for name, value in (("_optimizer", optimizer), ("_scaled_groups", groups), ("_known", tuple(groups))):
         object.__setattr__(view, name, value)
