@@ -168,6 +168,8 @@ def _updates(
     torch.manual_seed(0)
     clones = [_clone(each, from_zero) for each in sample]
     twin = _twin(optimizer, sample, clones, fresh=from_zero)
+    factor_of = dict(zip(map(id, clones), factors, strict=False))
+    own = [factor_of.get(id(group["params"][0]), SCALE) / SCALE for group in twin.param_groups]
     gradients = [_gradient(each) for each in sample]
     step = type(twin).step
     step = getattr(step, "__wrapped__", step)  # without the user's hooks
@@ -185,8 +187,6 @@ def _updates(
             if index == 0 or not factors:
                 step(twin)
             else:
-                factor_of = dict(zip(map(id, clones), factors, strict=True))
-                own = [factor_of.get(id(group["params"][0]), SCALE) / SCALE for group in twin.param_groups]
                 view = scaled_view(twin, SCALE, sets_rate=sets_rate, factors=own)
                 step(view)
                 close_view(view, twin)
