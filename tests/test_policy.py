@@ -1391,7 +1391,7 @@ def test_a_jump_of_the_rate_asks_for_a_closer_look(before: float | None, now: fl
 
 def test_an_unknown_rate_keeps_the_last_one_for_the_next_jump() -> None:
     run = Run(PolicyConfig(name="observe"))
-    for rate in (0.001, None, math.nan, 0.0):
+    for rate in (0.001, None, math.nan, math.inf, 0.0):
         assert run.see(CALM, learning_rate=rate).commands == ()
     assert run.state.scheduled_rate == 0.001
     assert len(run.see(CALM, learning_rate=0.03).commands) == 1

@@ -28,7 +28,7 @@ def test_small_logits_have_no_growth() -> None:
     assert calm(0.1).after(100, 29.9).value == 0.0
 
 
-@pytest.mark.parametrize(("number", "known"), [(MIN_LOGITS - 1, False), (MIN_LOGITS, True)])
+@pytest.mark.parametrize(("number", "known"), [(7, False), (8, True)])
 def test_a_level_needs_some_logits(number: int, known: bool) -> None:
     assert (calm(number=number).after(200, 100.0).value > 0.0) is known
 

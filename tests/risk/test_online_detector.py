@@ -509,7 +509,7 @@ def test_attention_logits_that_grow_are_an_alarm() -> None:
     assert risks[10].value == pytest.approx(0.5)
     assert risks[11].value == pytest.approx(16 / 17), "the logistic function of 4 log 2"
     assert (risks[10].by_logits, risks[11].by_logits) == (True, True)
-    assert risks[11].causes == ("attention",)
+    assert risks[10].causes == risks[11].causes == ("attention",)
     assert risks[11].reason.startswith("attention logits of layer 1 grew to 100, 5.0 times their level; ")
 
 
@@ -517,6 +517,7 @@ def test_attention_logits_that_grow_are_an_alarm() -> None:
     "fields",
     [
         {"exponent": 1.0},
+        {"exponent": 0.33},
         {"learning_rate": 0.99 * CONFIG.normalized_critical_rate / 100},
         {"learning_rate": None},
         {"lr_scale": 0.49},

@@ -9,8 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koopmon.agent.control.rate_shares import (
-    MIN_FACTOR,
-    OUTGROWN,
     as_parameters,
     factors,
     from_parameters,
@@ -31,10 +29,13 @@ from koopmon.wire.messages import MAX_RATE
         ((1.0, 1.0, 1.0), (1.0, 30.0, 40.0), []),  # most groups grew
         ((1.0, 1.0, 1.0, 1.0), (1.0, 30.0, 0.9, 40.0), [1, 3]),
         ((1.0, 1.0), (30.0, 30.0), []),  # the whole schedule rose
-        ((1.0, 1.0), (10.0, 10.0 * OUTGROWN), [1]),
+        ((1.0, 1.0), (10.0, 20.0), [1]),
         ((1.0, 1.0), (10.0, 19.9), []),
         ((10.0, 1.0), (1.0, 1.0), []),  # one group slowed down
-        ((10.0, 1.0), (1.0, OUTGROWN), [1]),  # a typical growth below 1 counts as 1
+        ((10.0, 1.0), (1.0, 2.0), [1]),  # a typical growth below 1 counts as 1
+        ((10.0, 1.0), (1.0, 1.95), []),
+        ((1.0, 1.0), (0.0, 30.0), []),
+        ((math.inf, 1.0), (1.0, 30.0), []),
         ((1.0, 0.0), (1.0, 3.0), []),  # a group that did not train
         ((1.0, 3.0), (1.0, 0.0), []),
         ((0.0, 1.0, 1.0), (0.5, 1.0, 5.0), [2]),
@@ -69,6 +70,7 @@ def test_a_share_is_the_rate_over_the_largest_of_the_other_groups() -> None:
     assert shares_of([0], (1e9, 1e-9)) == {0: MAX_RATE}
     assert shares_of([0, 1], (1.0, 1.0)) == {}, "no other group"
     assert shares_of([1], (0.0, 1.0)) == {}
+    assert shares_of([1], (-0.5, 1.0)) == {}
     assert shares_of([], (1.0, 1.0)) == {}
 
 
@@ -78,7 +80,7 @@ def test_a_bound_follows_the_other_groups_and_ends_with_the_fault() -> None:
     assert factors(shares, (0.1, 3.0, 0.2)) == [1.0, pytest.approx(0.1 / 3.0), 1.0]
     assert factors(shares, (1.0, 0.4)) == [1.0, 1.0]
     assert factors({0: 1.0, 1: 2.0}, (30.0, 30.0, 1.0)) == pytest.approx([1 / 30, 1 / 15, 1.0])
-    assert factors(shares, (1e-12, 1.0)) == [1.0, MIN_FACTOR]
+    assert factors(shares, (1e-12, 1.0)) == [1.0, 1e-9]
     assert factors({}, (1.0, 30.0)) == [1.0, 1.0]
 
 
