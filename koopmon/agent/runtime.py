@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from koopmon.agent.capture.chain_search import VerifiedChain
 from koopmon.agent.capture.graph_taps import MIN_ROWS
 from koopmon.agent.capture.sampler import RankSnapshot
 from koopmon.agent.capture.schedule import OverheadBudget
@@ -154,7 +155,7 @@ class AgentRuntime:
             num_rows=self._num_rows,
             find_again=self._find_again if first else None,
         )
-        self._quiet = QuietSteps(self._clock, self.stats, self.optimizers, self.taps, self.lifecycle)
+        self._quiet = QuietSteps(self._clock, self.stats, self.optimizers, self.taps.forwards, self.lifecycle)
         self._earned_seconds = 0.0
         """Time of the steps that the budget has earned."""
         # Lasting actions have a breaker of their own, because they stay in force after the agent has failed.
@@ -189,7 +190,7 @@ class AgentRuntime:
             if not self._hooked.has_hooks(optimizer) and not self._hooked.is_foreign(optimizer):
                 for each in (self, *self._beside):  # the next step of this optimizer comes after forwards that are seen
                     each._quiet.end()
-        elif not self.closed and not self._compiled_step and not self._stepped and self.taps.num_forwards:
+        elif not self.closed and not self._compiled_step and not self._stepped and self.taps.forwards.count:
             self.breaker.run(self._take_over, optimizer)
 
     def _take_over(self, optimizer: Optimizer) -> None:
@@ -338,15 +339,14 @@ class AgentRuntime:
     def _watch_compiled_step(self) -> None:
         self._compiled_step = True
         self._unhooked.changed(self._clock.num_steps)
-        self.taps.follow_wrapper()
-        if self.taps.runs_unseen:
+        if self.taps.follow_wrapper():
+            self._roles.stop_acting("the optimizer's step is compiled; call it outside of torch.compile")
+        else:
             reason = (
                 "the model and the optimizer's step run inside compiled functions, which call no hooks;"
                 " compile the model or the loss instead"
             )
             self._roles.stop_acting(reason, sees="no snapshots and no commands")
-        else:
-            self._roles.stop_acting("the optimizer's step is compiled; call it outside of torch.compile")
 
     def _end_compiled_step(self) -> None:
         """End a step whose optimizers have called no hooks."""
@@ -354,19 +354,20 @@ class AgentRuntime:
         self.taps.forward_over()
         self._after_step()
 
-    def on_chain_verified(self, stack: Stack, width: int, update_exponent: float | None, fingerprint: int) -> None:
+    def on_chain_verified(self, chain: VerifiedChain) -> None:
         if isinstance(state := self.lifecycle.state, RankedState):
-            self._roles.decide(state.rank, fingerprint, in_graph=self.taps.in_graph)
+            self._roles.decide(state.rank, chain.fingerprint, in_graph=chain.in_graph)
         if self.taps.failure:
             return
         for action in self.actions:  # a command may arrive before the next forwards are planned
             action.set_obstacle(self.taps.obstacle)
-        self._roles.describe(num_layers=stack.num_layers, width=width, update_exponent=update_exponent)
+        stack = chain.stack
+        self._roles.describe(num_layers=stack.num_layers, width=chain.width, update_exponent=chain.update_exponent)
         blocks = f"{len(stack.points)} blocks of {stack.name or 'the model'}"
         logger.info("koopmon: taps %s, found by %s%s", blocks, source(self.adapter), _FORMS[stack.form])
         if self.late_beside:
             self._tell_beside(self.late_beside, f"{stack.name} as run {self._roles.run}")
-        self._watch_beside(stack, self.taps.beside[: MAX_STACKS - 1])
+        self._watch_beside(stack, chain.beside[: MAX_STACKS - 1])
 
     def _watch_beside(self, kept: Stack, stacks: Sequence[Stack], *, verified: bool = True) -> None:
         """Watch further stacks of the model, each as a run of its own. Actions follow the risk of `kept` alone.
@@ -408,8 +409,8 @@ class AgentRuntime:
         )
 
     def on_stacks_train(self, stacks: tuple[Stack, ...]) -> None:
-        if (kept := self.taps.stack) is not None:
-            self._watch_beside(kept, stacks[: MAX_STACKS - 1 - len(self._beside)], verified=False)
+        if (chain := self.taps.stacks.chain) is not None:
+            self._watch_beside(chain.stack, stacks[: MAX_STACKS - 1 - len(self._beside)], verified=False)
 
     def _find_again(self, model: nn.Module) -> Selection:
         """Return the candidates of the model, whose blocks have changed. The runs of further stacks end."""
@@ -445,16 +446,16 @@ class AgentRuntime:
             self._tell_attached(io_thread)
 
     def _tell_attached(self, io_thread: IOThread) -> None:
-        state, stack, model, identity = self.lifecycle.state, self.taps.stack, self._model(), io_thread.identity
-        if not isinstance(state, RankedState) or stack is None or model is None or identity is None:
+        state, chain, model, identity = self.lifecycle.state, self.taps.stacks.chain, self._model(), io_thread.identity
+        if not isinstance(state, RankedState) or chain is None or model is None or identity is None:
             return
         self.notices.attached(
             identity.run,
             model,
             self.optimizers,
-            stack=stack.name,
-            num_layers=len(stack.points),
-            width=self.taps.width or 0,
+            stack=chain.stack.name,
+            num_layers=len(chain.stack.points),
+            width=chain.width,
             num_ranks=state.rank.world.size,
             acts=state.acts,
             reason=self._roles.reason,
@@ -567,9 +568,9 @@ class AgentRuntime:
 
     def _plan_step(self, state: RankedState) -> None:
         """Tell the taps and the actions about the step that begins."""
-        step, stack, sender = self.stats.step, self.taps.stack, state.rank.sender
+        step, chain, sender = self.stats.step, self.taps.stacks.chain, state.rank.sender
         due = None
-        if (state.after_step(step) or self.taps.waits) and stack is not None and sender is not None:
+        if (state.after_step(step) or self.taps.missed.waits) and chain is not None and sender is not None:
             if sender.io_thread.connected:
                 due = sender.sampler, self.lifecycle.at_step(step)
             else:
@@ -578,13 +579,13 @@ class AgentRuntime:
             if action.hello_changed:
                 action.hello_changed = False
                 self._roles.describe(**action.hello(self.adapter))
-        if self.taps.num_forwards:
-            self._num_forwards.append(self.taps.num_forwards)
+        if self.taps.forwards.count:
+            self._num_forwards.append(self.taps.forwards.count)
         # The low median leaves out the step after one that a GradScaler skipped, which has the forwards of both, and a
         # step with fewer microbatches at the end of an epoch.
         ordered = sorted(self._num_forwards) or [1]
         num_microbatches = ordered[(len(ordered) - 1) // 2]
-        num_layers = 0 if stack is None else stack.num_layers
+        num_layers = 0 if chain is None else chain.stack.num_layers
         forwards = NextForwards(num_layers, num_microbatches, state.rank.data_ranks.rank, self.taps.obstacle)
         control = state.control
         changes = [each(control, step, forwards) for each in self._before_forwards]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import koopmon
-from koopmon.agent.capture.taps import MAX_RESTED
+from koopmon.agent.capture.training_forwards import MAX_RESTED
 from koopmon.wire.messages import Ack
-from tests.agent.models import batch, build, loss_of, train_step
+from tests.agent.models import batch, build, loss_of, pretend_compiled, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 
 Attach = Callable[..., Any]
@@ -35,7 +35,7 @@ MAX_SNAPSHOT_CALLS = 480
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests of this process may have called torch.compile."""
-    monkeypatch.setattr("koopmon.agent.capture.taps.compiles", lambda: False)
+    pretend_compiled(monkeypatch, False)
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_another_optimizer_ends_them(watched: tuple[nn.Module, Any, Any]) -> Non
 def test_a_compiler_finds_the_hooks(watched: tuple[nn.Module, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer, agent = watched
     until_quiet(model, optimizer, agent)
-    monkeypatch.setattr("koopmon.agent.capture.taps.compiles", lambda: True)
+    pretend_compiled(monkeypatch, True)
     train_step(model, optimizer, agent.status()["step"])
     assert num_hooks(model) == 2
     assert {num_hooks(block) for block in model.blocks} == {2}
