@@ -39,6 +39,7 @@ TESTED_IN = {
     "koopmon/agent/rank_identity.py": "tests/agent/test_parallelism.py",
     "koopmon/agent/roles.py": "tests/agent/test_lifecycle.py",
     "koopmon/agent/runtime.py": "tests/agent/test_attach.py",
+    "koopmon/agent/training_steps.py": "tests/agent/test_several_optimizers.py",
     "koopmon/agent/unhooked_steps.py": "tests/agent/test_compiled.py",
     "koopmon/api.py": "tests/test_plugins.py",
     "koopmon/block_finder.py": "tests/test_discovery.py",

@@ -39,7 +39,7 @@ class Agent:
 
         A loop that reads it after each step and then leaves ends the training in good order.
         """
-        return self._runtime is not None and self._runtime.granted("stop")
+        return self._runtime is not None and self._runtime.steps.granted("stop")
 
     @property
     def should_checkpoint(self) -> bool:
@@ -47,7 +47,7 @@ class Agent:
 
         A loop that reads it once per step, after the update, sees each request once.
         """
-        return self._runtime is not None and self._runtime.granted("checkpoint")
+        return self._runtime is not None and self._runtime.steps.granted("checkpoint")
 
     def log(
         self,

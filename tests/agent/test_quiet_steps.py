@@ -50,7 +50,7 @@ def watched(monitor: ScriptedMonitor, agents: Attach) -> tuple[nn.Module, Any, A
 
 
 def is_quiet(agent: Any) -> bool:
-    return bool(agent._runtime._quiet.on)
+    return bool(agent._runtime.steps.quiet.on)
 
 
 def until_quiet(model: nn.Module, optimizer: Any, agent: Any) -> None:
@@ -179,7 +179,7 @@ def test_another_optimizer_ends_them(watched: tuple[nn.Module, Any, Any]) -> Non
     model, optimizer, agent = watched
     until_quiet(model, optimizer, agent)
     head = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
-    agent._runtime.add_optimizer(head)
+    agent._runtime.steps.add_optimizer(head)
     assert not is_quiet(agent)
     assert num_hooks(model) == 2
     for step in range(2 * EVERY):

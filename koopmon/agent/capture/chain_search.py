@@ -37,7 +37,7 @@ class VerifiedChain:
     update_exponent: float | None
     """The exponent of the growth of updates with the state, if known."""
     fingerprint: int
-    """That of the states that entered the chain: equal on ranks that hold the same tokens."""
+    """Fingerprint of the states that entered the chain: equal on ranks that hold the same tokens."""
     in_gradients: bool
     """True if the traversal ran with gradients: one without is not the one that trains."""
     is_interleaved: bool
