@@ -510,6 +510,9 @@ def test_attention_logits_that_grow_are_an_alarm() -> None:
     assert risks[11].value == pytest.approx(16 / 17), "the logistic function of 4 log 2"
     assert (risks[10].by_logits, risks[11].by_logits) == (True, True)
     assert risks[10].causes == risks[11].causes == ("attention",)
+    below = with_logits([20.0] * 10 + [40.0])[-1]
+    assert below.value == pytest.approx(0.8**4 / (0.8**4 + 1))
+    assert below.causes == (), "no alarm, but a closer look"
     assert risks[11].reason.startswith("attention logits of layer 1 grew to 100, 5.0 times their level; ")
 
 

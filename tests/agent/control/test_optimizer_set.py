@@ -221,3 +221,14 @@ def test_rates_that_cannot_be_read_have_no_bound() -> None:
     assert members.largest_rate() is optimizer.param_groups[0]["lr"]
     optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
     assert members.rates() == pytest.approx((0.1, 0.1))
+
+
+def test_groups_that_a_new_optimizer_joins_have_the_lower_bound() -> None:
+    held, first = grouped(1.0, 8.0, 8.0)
+    members = OptimizerSet(first)
+    members.bound({1: 0.5, 2: 2.0})
+    new = SGD([{"params": held[:2], "lr": 1.0}, {"params": held[2:], "lr": 8.0}])
+    del first
+    gc.collect()
+    members.add(new)
+    assert members.factors(new) == [1.0, 0.5 / 8.0]

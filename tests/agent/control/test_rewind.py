@@ -906,6 +906,7 @@ def test_bounds_that_cannot_be_are_refused_with_the_reason(monkeypatch: pytest.M
     assert done is not None
     assert done.detail.endswith("no further bound: at most 0 groups can be bounded, not 1")
     monkeypatch.undo()
+    monkeypatch.setattr(rewind_module, "MAX_SHARES", 1)
     grouped.ask(22, max_rate=0.2)
     assert grouped.shares == {1: 1.0}
 
@@ -940,6 +941,7 @@ def test_a_restarted_launch_has_the_bounds_from_its_first_step_on() -> None:
     restarted.rates(0.1, 3.0, 0.05)
     for action in (restarted.backoff, restarted.action):
         target = action.target(kept, restarted.state, 0)
+        assert target.strength == 1.0
         restarted.state = _towards(restarted.state, action, target, 0, 0)
     assert restarted.shares == {1: 1.0}
     restarted.step(0)
@@ -950,7 +952,7 @@ def test_a_restarted_launch_has_the_bounds_from_its_first_step_on() -> None:
 def test_a_restarted_launch_with_other_groups_refuses_the_bounds() -> None:
     grouped = Grouped()
     with pytest.raises(RequestRefusedError, match=r"^no bound on parameter group 3: the optimizer has 3 groups"):
-        grouped.action.target(Applied(max_rate=0.2, rate_shares={3: 1.0}), grouped.state, 0)
+        grouped.action.target(Applied(max_rate=0.2, rate_shares={0: 1.0, 3: 1.0}), grouped.state, 0)
     grouped.rates(0.1, torch.ones((), device="meta"))  # type: ignore[arg-type]
     with pytest.raises(RequestRefusedError, match=r"the optimizer has 0 groups with a rate that can be read$"):
         grouped.action.target(Applied(max_rate=0.2, rate_shares={1: 1.0}), grouped.state, 0)
