@@ -106,7 +106,7 @@ class Controller:
         self.risk = OnlineRisk(value=0.0, reason="")
         self._control = control
         self._policy = policy
-        if policy is None and control not in ("", "spike"):
+        if policy is None and control in ("auto", "lr", "kss", "kss+lr", "observe"):
             self._policy = PolicyConfig(name=control)
         self.first_action: int | None = None
         self.highest_risk = 0.0
