@@ -558,7 +558,7 @@ class AgentRuntime:
         self._budget.earn(elapsed - self._earned_seconds)
         self._earned_seconds = elapsed
         # Only snapshots are charged, because fewer of them make nothing else cheaper.
-        self._budget.charge(self.stats.capture_seconds)
+        self._budget.charge(self.stats.snapshot_seconds)
         for revert in self._others[1]:
             revert()
         if isinstance(state := self.lifecycle.state, RankedState):
