@@ -179,7 +179,7 @@ class Controller:
             before = self._copies.rates(copy_step)
             if found := outgrown(before, rates, wanted.max_rate, self._shares):
                 self._shares = {**self._shares, **shares_of({*self._shares, *found}, before)}
-                self._cap = None if self._cap is None else replace(self._cap, peak=0.0)
+                self._cap = None if self._cap is None else replace(self._cap, peak=0.0, warmup_steps=0)
             self.num_rewinds, self.lost_steps = self.num_rewinds + 1, self.lost_steps + step - copy_step
             self._history = RiskState()
         ack = Ack(run="run", incarnation="0" * 8, command_id="0" * 8, outcome=outcome, step=step, applied=Applied())

@@ -495,8 +495,7 @@ def _cap(case: _Case) -> Proposal | None:
     cap = _lower_cap(case)
     if cap is None:
         return None
-    # Grown logits are the fault of some weights. The copy has learned at such rates, and a warm-up would cost steps.
-    warmup = config.rewind_warmup_steps if rewinds and not case.risk.by_logits else 0
+    warmup = config.rewind_warmup_steps if rewinds else 0
     actions = [
         Action(
             kind="set_lr_scale",

@@ -1403,13 +1403,3 @@ def test_an_alarm_and_a_jump_are_one_request_with_the_risk_as_its_reason() -> No
     decision = run.see(WATCH, learning_rate=0.1)
     assert [action.reason[:10] for action in decision.commands] == ["risk 0.30:"]
     assert decision.phase == "alert"
-
-
-@pytest.mark.parametrize("by_logits", [True, False])
-def test_a_cap_for_grown_logits_has_no_warm_up(by_logits: bool) -> None:
-    run = auto()
-    seen = observation(**{"step": 0, "max_spectral_radius": 1.2, **normalised()})
-    risk = OnlineRisk(value=SEVERE, reason="r", excess_rate=run.excess, by_logits=by_logits)
-    decision = decide(0.0, PolicyState(), seen, risk, run.config, run.kss)
-    cap = next(action for action in decision.commands if action.kind == "set_lr_scale")
-    assert cap.warmup_steps == (0 if by_logits else run.config.rewind_warmup_steps)

@@ -147,8 +147,6 @@ class OnlineRisk:
     """Forecast, in [0, 1]."""
     causes: tuple[str, ...] = ()
     """Names of the causes that a signal shows (`koopmon.risk.causes`); `reason` has their words."""
-    by_logits: bool = False
-    """True when the growth of the attention logits alone gives this risk."""
     excess_rate: float | None = None
     """Scheduled rate over the critical rate of such layers; None where either is unknown."""
     components: Mapping[str, float] = field(default_factory=dict)
@@ -276,7 +274,7 @@ def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tu
         state = replace(state, logits=state.logits.after(observation.step, observation.max_attention_logit))
         grown = _risk_of_logits(state, observation, risk)
         if grown > risk.value:
-            risk = replace(risk, value=grown, by_logits=True)
+            risk = replace(risk, value=grown)
             if state.logits.value >= 1.0:
                 found.setdefault("attention", causes.grown_logits(observation, state.logits.value))
     if found:

@@ -508,7 +508,6 @@ def test_attention_logits_that_grow_are_an_alarm() -> None:
     assert max(risk.value for risk in risks[:10]) == 0.0
     assert risks[10].value == pytest.approx(0.5)
     assert risks[11].value == pytest.approx(16 / 17), "the logistic function of 4 log 2"
-    assert (risks[10].by_logits, risks[11].by_logits) == (True, True)
     assert risks[10].causes == risks[11].causes == ("attention",)
     below = with_logits([20.0] * 10 + [40.0])[-1]
     assert below.value == pytest.approx(0.8**4 / (0.8**4 + 1))
@@ -530,7 +529,6 @@ def test_grown_logits_alone_are_no_alarm(fields: dict[str, Any]) -> None:
     """Without normalisation, at a rate below the critical one, or at one that is unknown."""
     risks = with_logits([20.0] * 10 + [1000.0], **fields)
     assert max(risk.value for risk in risks) == 0.0
-    assert not any(risk.by_logits for risk in risks)
 
 
 def test_the_rate_in_force_counts_for_grown_logits() -> None:
@@ -549,7 +547,6 @@ def test_an_alarm_by_the_update_ratios_is_not_by_the_logits() -> None:
         )
         state, risk = assess(state, observed, CONFIG)
     assert risk.value > 0.9
-    assert not risk.by_logits
     assert "attention" not in risk.causes
 
 

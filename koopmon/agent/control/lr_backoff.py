@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from koopmon.agent.control.action import ControlAction, RequestRefusedError, Target, Update
 from koopmon.agent.control.optimizer_set import OptimizerSet
-from koopmon.agent.control.rate_shares import from_parameters
+from koopmon.agent.control.rate_shares import BOUNDED_AT, from_parameters
 from koopmon.agent.control.scale_proof import ScaleProof, prove, prove_groups
 from koopmon.agent.control.scaled_view import close_view, scaled_view
 from koopmon.agent.control.state import ControlState
@@ -122,7 +122,7 @@ class LrBackoff(ControlAction):
         if not cap:
             return scale
         done, peak = int(step - cap["warmup_from"]), min(self._peak_rate(cap), MAX_RATE)
-        warms = done < cap["warmup_steps"]
+        warms = done < self._warmup_steps(state)
         warmup = {"warmup_done": done, "warmup_steps": int(cap["warmup_steps"])} if warms else {}
         return {**scale, "max_rate": cap["max_rate"], "peak_rate": peak or None, **warmup}
 
@@ -138,11 +138,20 @@ class LrBackoff(ControlAction):
         if not cap:
             return scale
         peak, warm = self._peak_rate(cap), 1.0
-        if cap["warmup_steps"] > 0:
-            warm = min(1.0, (step - cap["warmup_from"] + 1) / cap["warmup_steps"])
+        if (warmup_steps := self._warmup_steps(state)) > 0:
+            warm = min(1.0, (step - cap["warmup_from"] + 1) / warmup_steps)
         if peak > cap["max_rate"]:
             warm *= cap["max_rate"] / peak
         return max(min(scale, warm), MIN_EFFECTIVE_SCALE)
+
+    def _warmup_steps(self, state: ControlState) -> int | float:
+        """Return the steps of the warm-up under the cap; 0 after a rewind that bounded the groups at fault.
+
+        The others have learned at their rate, and a warm-up would cost steps.
+        """
+        cap, rewind = self.parameters(state), state.actions.get("rewind")
+        bounded_at = None if rewind is None else rewind.parameters.get(BOUNDED_AT)
+        return 0 if bounded_at is not None and bounded_at >= cap["warmup_from"] else cap["warmup_steps"]
 
     def _peak_rate(self, cap: Mapping[str, int | float]) -> float:
         first, peak = self._peak

@@ -20,6 +20,8 @@ OUTGROWN = 2.0
 MIN_FACTOR = 1e-9
 """Lower bound on a factor: the update needs one above 0, to give back a rate that the step has written."""
 PREFIX = "share."
+BOUNDED_AT = "bounded_at"
+"""Name of the step at which a rewind added bounds, among the parameters of an action."""
 
 Shares = Mapping[int, float]
 """Share of each bounded group, by the group's index over all optimizers."""

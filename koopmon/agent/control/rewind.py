@@ -114,7 +114,10 @@ class RewindAction(ControlAction):
             raise RequestRefusedError(f"no rewind: no copy is {wanted}; copies: {ages}")
         self._run = request.run
         copy = max(fitting, key=lambda each: each.step or 0)
-        shares = rate_shares.as_parameters(self._shares_from(copy, asked.max_rate, state))
+        before, found = self._shares(state), self._shares_from(copy, asked.max_rate, state)
+        shares = rate_shares.as_parameters(found)
+        if found.keys() > before.keys():
+            shares[rate_shares.BOUNDED_AT] = step
         kept = {name: each for name, each in self.parameters(state).items() if not name.startswith(rate_shares.PREFIX)}
         return Target(1.0, {**kept, "at_step": step, "copy_step": copy.step or 0, **shares})
 

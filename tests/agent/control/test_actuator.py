@@ -298,7 +298,7 @@ def test_the_largest_exchange_fits() -> None:
         **dict.fromkeys(("capped_from", "warmup_from", "warmup_steps"), 1 << 52),
     }
     rewind: dict[str, int | float] = {
-        **dict.fromkeys(("interval", "at_step", "copy_step"), 1 << 52),
+        **dict.fromkeys(("interval", "at_step", "copy_step", "bounded_at"), 1 << 52),
         **as_parameters({(1 << 16) - 1 - each: 1 / 3 for each in range(MAX_SHARES)}),
     }
     state = ControlState(

@@ -20,7 +20,7 @@ from koopmon.agent.control.action import RequestRefusedError, Target, Update
 from koopmon.agent.control.actuator import _towards
 from koopmon.agent.control.lr_backoff import LrBackoff
 from koopmon.agent.control.optimizer_set import OptimizerSet
-from koopmon.agent.control.rate_shares import as_parameters
+from koopmon.agent.control.rate_shares import BOUNDED_AT, as_parameters
 from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.config import LimitsConfig
 from koopmon.plugins import select
@@ -562,3 +562,21 @@ def test_the_reason_against_bounds_is_that_of_the_optimizer_with_these_groups() 
     assert refused == {0: True, 1: True, 2: False, 3: False, 4: False}
     assert backoff.refusal_of_bounds([0, 1]) == "", "all groups of one optimizer"
     assert backoff.refusal_of_bounds([]) == ""
+
+
+def test_a_rewind_that_adds_bounds_ends_the_warm_up_of_its_cap() -> None:
+    bounded = Bounded({1: 1.0}, max_rate=0.1)
+    shares = bounded.rewind.parameters
+
+    def warm(warmup_from: int) -> list[float]:
+        cap = {**bounded.cap.parameters, "warmup_from": warmup_from, "warmup_steps": 4}
+        bounded.cap = ActionState(ramp=Ramp(start=1.0, target=1.0), parameters=cap)
+        bounded.step = warmup_from
+        return bounded.rates(0.1, 3.0)
+
+    assert warm(7) == pytest.approx([0.025, 0.025]), "a rewind without new bounds"
+    bounded.rewind = ActionState(ramp=Ramp(start=1.0, target=1.0), parameters={**shares, BOUNDED_AT: 7})
+    assert warm(7) == warm(6) == pytest.approx([0.1, 0.1])
+    assert "warmup_steps" not in bounded.backoff.applied(bounded.state, 7)
+    assert warm(8) == pytest.approx([0.025, 0.025]), "a later cap"
+    assert bounded.backoff.applied(bounded.state, 8)["warmup_steps"] == 4

@@ -841,7 +841,7 @@ def test_a_rewind_bounds_the_groups_that_outgrew_the_others() -> None:
     grouped.rates(0.09, 2.7, 0.045)
     grouped.train(20, 22)
     target = grouped.ask(22, max_rate=0.2)
-    assert target == Target(1.0, {"at_step": 22, "copy_step": 16, "share.1": 1.0})
+    assert target == Target(1.0, {"at_step": 22, "copy_step": 16, "share.1": 1.0, "bounded_at": 22})
     assert grouped.shares == {1: 1.0}
     assert grouped.in_force(22) == pytest.approx([0.09, 0.09, 0.045])
     done = grouped.step(22)
@@ -857,11 +857,13 @@ def test_a_second_rewind_keeps_the_bounds_and_adds_others() -> None:
     grouped.ask(22, max_rate=0.2)
     grouped.step(22)
     grouped.train(23, 60)
-    assert grouped.ask(61, max_rate=0.2).parameters["share.1"] == 1.0
+    parameters = grouped.ask(61, max_rate=0.2).parameters
+    assert (parameters["share.1"], parameters["bounded_at"]) == (1.0, 22), "no group more"
     grouped.step(61)
     grouped.train(62, 100)
     grouped.rates(0.08, 2.4, 1.6)
-    assert grouped.ask(100, max_rate=0.2).parameters["copy_step"] == 96
+    parameters = grouped.ask(100, max_rate=0.2).parameters
+    assert (parameters["copy_step"], parameters["bounded_at"]) == (96, 100)
     assert grouped.shares == {1: pytest.approx(1.0), 2: pytest.approx(0.5)}
     assert grouped.in_force(100) == pytest.approx([0.08, 0.08, 0.04])
 
@@ -925,7 +927,7 @@ def test_a_released_bound_is_gone_from_what_is_in_force_and_from_the_next_rewind
     assert grouped.in_force(24) == [0.1, 3.0, 0.05]
     grouped.rates(0.1, 0.1, 0.05)
     grouped.cap(0.2)
-    assert grouped.ask(30, max_rate=0.2) == Target(1.0, {"at_step": 30, "copy_step": 16})
+    assert grouped.ask(30, max_rate=0.2) == Target(1.0, {"at_step": 30, "copy_step": 16, "bounded_at": 20})
 
 
 def test_a_restarted_launch_has_the_bounds_from_its_first_step_on() -> None:
