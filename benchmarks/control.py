@@ -7,14 +7,15 @@ rate when the loss jumps, and restore it later.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
 from koopmon.agent.control.lr_backoff import MIN_EFFECTIVE_SCALE
+from koopmon.agent.control.rate_shares import Shares, factors, outgrown, shares_of
 from koopmon.agent.control.rewind import INTERVAL_STEPS, SECOND_SLOT, START_COPY_STEPS
 from koopmon.agent.control.state_copies import StateCopy, TrainingState
 from koopmon.config import KssConfig, PolicyConfig, RiskConfig
@@ -53,16 +54,20 @@ class Copies:
         self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self._start, self._recent, self._older = StateCopy(), StateCopy(), StateCopy()
 
-    def take(self, step: int, rate: float) -> None:
-        """Take the copies that are due after `step` updates, the last one at `rate`."""
+    def take(self, step: int, rate: float, rates: tuple[float, ...] = ()) -> None:
+        """Take the copies that are due after `step` updates, the last one at `rate`, and the groups at `rates`."""
         if step == 0:
             self._start.take(TrainingState(self._model, self._optimizers), 0, 0.0)
         elif step % INTERVAL_STEPS == 0:
             if step % (SECOND_SLOT * INTERVAL_STEPS) == 0:
                 self._recent, self._older = self._older, self._recent
-            self._recent.take(TrainingState(self._model, self._optimizers), step, rate)
+            self._recent.take(TrainingState(self._model, self._optimizers), step, rate, rates)
         if step >= START_COPY_STEPS:
             self._start.clear()
+
+    def rates(self, step: int) -> tuple[float, ...]:
+        """Return the rates of the groups when the copy of `step` was taken."""
+        return next(copy.rates for copy in (self._start, self._older, self._recent) if copy.step == step)
 
     def restore(self, step: int, wanted: Rewind) -> int | None:
         """Go back to the newest copy that meets `wanted`, and return its step; None without one."""
@@ -115,7 +120,11 @@ class Controller:
         self._copies = copies
         self._asks_for_rewinds = copies is not None or refuses_rewinds
         self._cap: Cap | None = None
-        self._scheduled = 0.0
+        self._rates = (0.0, 0.0)
+        """Rates of both groups of parameters, before the scale and within the bounds on them."""
+        self._shares: Shares = {}
+        self.apart = 1.0
+        """Rate of the second group over that of the first."""
         self._rate = 0.0
         self.num_rewinds = self.lost_steps = 0
         self._ramp = (0, 0, 1.0, 1.0)
@@ -123,9 +132,12 @@ class Controller:
         self._losses: list[float] = []
         self._restore_at = 0
 
-    def begin(self, step: int, scheduled: float = 0.0) -> None:
-        """Apply the decisions that are due at `step`, where the schedule asks for the rate `scheduled`."""
-        self._scheduled = scheduled
+    def begin(self, step: int, scheduled: float = 0.0, apart: float = 1.0) -> None:
+        """Apply the decisions that are due at `step`, where the schedule asks for the rate `scheduled`.
+
+        A second group of parameters has `apart` times that rate.
+        """
+        asked, before = (scheduled, scheduled * apart), self._rates
         due = [action for at, action in self._waiting if at <= step]
         self._waiting = [(at, action) for at, action in self._waiting if at > step]
         for action in due:
@@ -134,30 +146,53 @@ class Controller:
             if action.max_rate is not None:
                 self._cap = Cap(action.max_rate, step, action.warmup_steps, self._cap.peak if self._cap else 0.0)
             if action.rewind is not None:
-                self._rewind(step, action.rewind)
+                self._rewind(step, action.rewind, self._bounded(asked))
             if action.kss is not None:
                 self._kss_ramp = (step, action.ramp_steps, self.kss.alpha, action.kss.alpha)
                 self.kss = action.kss if action.kss.alpha > 0 else replace_alpha(self.kss, self.kss.alpha)
+        self._rates = self._bounded(asked)
+        first, second = factors(self._shares, asked)
+        self.apart = apart * second / first
         if self._policy is not None:
             self.lr_scale = _ramped(self._ramp, step)
             if self._cap is not None:
-                self.lr_scale = min(self.lr_scale, self._cap.scale(step, scheduled))
+                self.lr_scale = min(self.lr_scale, self._cap.scale(step, self.scheduled))
             self.kss = replace_alpha(self.kss, _ramped(self._kss_ramp, step))
         self.min_lr_scale = min(self.min_lr_scale, self.lr_scale)
         if self._copies is not None:
-            self._copies.take(step, self._rate)
-        self._rate = scheduled * self.lr_scale
+            self._copies.take(step, self._rate, before)
+        self._rate = self.scheduled * self.lr_scale
 
-    def _rewind(self, step: int, wanted: Rewind) -> None:
+    @property
+    def scheduled(self) -> float:
+        """Rate before the scale, as the agent reports it: the largest one of both groups."""
+        return max(self._rates)
+
+    def _bounded(self, rates: tuple[float, float]) -> tuple[float, float]:
+        first, second = factors(self._shares, rates)
+        return rates[0] * first, rates[1] * second
+
+    def _rewind(self, step: int, wanted: Rewind, rates: tuple[float, float]) -> None:
         copy_step = None if self._copies is None else self._copies.restore(step, wanted)
         outcome: AckOutcome = "refused" if copy_step is None else "applied"
-        if copy_step is not None:
+        if copy_step is not None and self._copies is not None:
+            before = self._copies.rates(copy_step)
+            if found := outgrown(before, rates, wanted.max_rate, self._shares):
+                self._shares = {**self._shares, **shares_of({*self._shares, *found}, before)}
+                self._cap = None if self._cap is None else replace(self._cap, peak=0.0, warmup_steps=0)
             self.num_rewinds, self.lost_steps = self.num_rewinds + 1, self.lost_steps + step - copy_step
             self._history = RiskState()
         ack = Ack(run="run", incarnation="0" * 8, command_id="0" * 8, outcome=outcome, step=step, applied=Applied())
         self._state = rewound(self._state, ack)
 
-    def see(self, step: int, profile: SpectralProfile | None, loss: float, lr: float) -> None:
+    def see(
+        self,
+        step: int,
+        profile: SpectralProfile | None,
+        loss: float,
+        lr: float,
+        attention_logits: Sequence[float | None] = (),
+    ) -> None:
         """Assess one profile (None for states that are not finite), with the loss and the scheduled rate."""
         if self._control == "spike":
             self._spike(step, loss)
@@ -171,6 +206,7 @@ class Controller:
             update_exponent=self._exponent,
             rewinds=self._asks_for_rewinds,
             non_finite=profile is None,
+            attention_logits=attention_logits,
         )
         self._history, self.risk = assess(self._history, seen, self._config)
         self.highest_risk = max(self.highest_risk, self.risk.value)

@@ -52,6 +52,11 @@ _LOWERS_RATE = ("auto", "lr", "kss+lr")
 HOUR_SECONDS = 3600.0
 MIN_RATE, MAX_RATE = 1e-12, 1e6
 """Bounds on a cap of the learning rate, within those of the protocol."""
+RATE_JUMP = 4.0
+"""Ratio of the scheduled rate to that at the last snapshot that calls for dense snapshots. Chosen by hand.
+
+A linear warm-up doubles it from step 1 to step 2.
+"""
 LATE_STEPS = 10_000
 """Steps by which a remembered step may exceed the step of a snapshot. A larger excess means that the count restarted.
 
@@ -133,6 +138,8 @@ class PolicyState:
     """True from the request for a checkpoint until the alarm is over."""
     dense_until: Step = 0
     """Last step of the dense snapshots asked for."""
+    scheduled_rate: Annotated[float, Meta(gt=0.0)] | None = None
+    """Scheduled rate at the last snapshot at which it was known and positive."""
     action_times: Annotated[tuple[float, ...], Meta(max_length=100_000)] = ()
     """Times of the actions of the last hour, in seconds of the clock of `now`."""
 
@@ -161,6 +168,8 @@ class _Case:
     risk: OnlineRisk
     config: PolicyConfig
     kss: KssConfig
+    rate_jumped: bool
+    """True when the scheduled rate has risen by a factor of at least RATE_JUMP since the last snapshot."""
 
     @property
     def acts_on_lr(self) -> bool:
@@ -240,7 +249,8 @@ def decide(
     Returns:
         The new state, the commands and the reason. Commands beyond `max_actions_per_hour` are left out.
     """
-    case = _Case(_remember(now, state, observation, risk, config), observation, risk, config, kss)
+    jumped = _jumped(state, observation)
+    case = _Case(_remember(now, state, observation, risk, config), observation, risk, config, kss, jumped)
     commands, following, _ = _look_closer(case) or ((), case.state, "")
     if following is not case.state:
         case = replace(case, state=following)
@@ -340,6 +350,8 @@ def _remember(now: float, state: PolicyState, seen: Observation, risk: OnlineRis
     loss = seen.training.loss
     if state.first_loss is None and loss is not None and math.isfinite(loss):
         state = replace(state, first_loss=loss)
+    rate = seen.training.learning_rate
+    known = rate is not None and 0.0 < rate < math.inf
     ruined = bool(_ruin(state, seen, risk, config))
     return replace(
         state,
@@ -352,9 +364,15 @@ def _remember(now: float, state: PolicyState, seen: Observation, risk: OnlineRis
         calm_since=_no_later(state.calm_since, seen.step, seen.step) if calm else None,
         acted_at=_no_later(state.acted_at, seen.step),
         kss_on_at=_no_later(state.kss_on_at, seen.step),
+        scheduled_rate=rate if known else state.scheduled_rate,
         calm_radius=radius,
         action_times=tuple(t for t in state.action_times if 0.0 <= now - t < HOUR_SECONDS),
     )
+
+
+def _jumped(state: PolicyState, seen: Observation) -> bool:
+    rate, before = seen.training.learning_rate, state.scheduled_rate
+    return rate is not None and before is not None and RATE_JUMP * before <= rate < math.inf
 
 
 def _no_later(at: int | None, step: int, otherwise: int | None = None) -> int | None:
@@ -367,21 +385,26 @@ def _no_later(at: int | None, step: int, otherwise: int | None = None) -> int | 
 
 
 def _look_closer(case: _Case) -> Proposal | None:
-    """Request dense snapshots while the run is not calm, and renew the request before it expires."""
+    """Request dense snapshots while the run is not calm, and renew the request before it expires.
+
+    A jump of the rate is seen before its effect.
+    """
     config, seen = case.config, case.seen
     # Half of `dense_steps` before the end is early enough for a new request and keeps the number of commands small.
     until = seen.step + config.dense_steps
     asked = seen.step + config.dense_steps // 2 < case.state.dense_until <= until
-    if case.risk.value < config.release_risk or asked:
+    calm = case.risk.value < config.release_risk
+    if (calm and not case.rate_jumped) or asked:
         return None
+    cause = f"the learning rate rose to {seen.training.learning_rate:.3g}" if calm else f"risk {case.risk.value:.2f}"
     action = Action(
         kind="set_cadence",
-        reason=f"risk {case.risk.value:.2f}: a snapshot every {_steps(config.dense_every)} until step {until}",
+        reason=f"{cause}: a snapshot every {_steps(config.dense_every)} until step {until}",
         cadence_steps=config.dense_every,
         cadence_until_step=until,
         expires_in_steps=config.dense_steps,
     )
-    phase: Phase = "alert" if case.state.phase == "calm" else case.state.phase
+    phase: Phase = "alert" if case.state.phase == "calm" and not calm else case.state.phase
     return (action,), replace(case.state, dense_until=until, phase=phase), ""
 
 

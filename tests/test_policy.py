@@ -16,6 +16,7 @@ from koopmon.config import KssConfig, PolicyConfig
 from koopmon.policy import (
     MAX_RATE,
     MIN_RATE,
+    RATE_JUMP,
     Action,
     Decision,
     PolicyState,
@@ -1354,3 +1355,51 @@ def test_a_checkpoint_is_a_reason_where_nothing_else_is_done() -> None:
     run = Run(PolicyConfig(name="kss", checkpoint=True), kss=KssConfig(alpha=0.0))
     run.state = replace(run.state, dense_until=60)
     assert run.see(HIGH).reason == "risk 0.70: checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "asks"),
+    [
+        (0.001, 0.03, True),
+        (0.001, 0.001 * RATE_JUMP, True),
+        (0.001, 0.0039, False),
+        (0.001, None, False),
+        (0.001, math.nan, False),
+        (0.001, math.inf, False),
+        (None, 0.03, False),
+        (0.0, 0.03, False),
+        (math.inf, 0.03, False),
+        (math.nan, 0.03, False),
+    ],
+)
+def test_a_jump_of_the_rate_asks_for_a_closer_look(before: float | None, now: float | None, asks: bool) -> None:
+    run = Run(PolicyConfig(name="observe"))
+    run.see(CALM, learning_rate=before)
+    decision = run.see(CALM, learning_rate=now)
+    assert [action.kind for action in decision.commands] == ["set_cadence"] * asks
+    assert decision.phase == "calm", "no alarm"
+    if asks:
+        assert now is not None
+        until = 1 + run.config.dense_steps
+        assert (
+            decision.commands[0].reason
+            == f"the learning rate rose to {now:.3g}: a snapshot every step until step {until}"
+        )
+        assert decision.commands[0].cadence_until_step == until
+    assert run.see(CALM, learning_rate=now).commands == ()
+
+
+def test_an_unknown_rate_keeps_the_last_one_for_the_next_jump() -> None:
+    run = Run(PolicyConfig(name="observe"))
+    for rate in (0.001, None, math.nan, math.inf, 0.0):
+        assert run.see(CALM, learning_rate=rate).commands == ()
+    assert run.state.scheduled_rate == 0.001
+    assert len(run.see(CALM, learning_rate=0.03).commands) == 1
+
+
+def test_an_alarm_and_a_jump_are_one_request_with_the_risk_as_its_reason() -> None:
+    run = Run(PolicyConfig(name="observe"))
+    run.see(CALM, learning_rate=0.001)
+    decision = run.see(WATCH, learning_rate=0.1)
+    assert [action.reason[:10] for action in decision.commands] == ["risk 0.30:"]
+    assert decision.phase == "alert"

@@ -76,6 +76,7 @@ GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("koopmon/agent/control/lr_backoff.py",), ("tests/agent/control/test_lr_backoff.py",)),
     (("koopmon/agent/control/optimizer_set.py",), ("tests/agent/control/test_optimizer_set.py",)),
     (("koopmon/agent/control/rank_group.py",), ("tests/agent/control/test_rank_group.py",)),
+    (("koopmon/agent/control/rate_shares.py",), ("tests/agent/control/test_rate_shares.py",)),
     (("koopmon/agent/control/rewind.py",), ("tests/agent/control/test_rewind.py",)),
     (("koopmon/agent/control/scale_proof.py",), ("tests/agent/control/test_scale_proof.py",)),
     (("koopmon/agent/control/scaled_view.py",), ("tests/agent/control/test_scaled_view.py",)),

@@ -24,6 +24,7 @@ from benchmarks.proving_ground.optimizers import OptimizerName, set_rate
 from benchmarks.proving_ground.optimizers import build as build_optimizers
 from benchmarks.proving_ground.projection import Projection, Tau
 from koopmon.agent.capture.log_partition import log_partition
+from koopmon.agent.capture.slow_signals import SlowSignals
 from koopmon.agent.capture.update_rms import UpdateRms
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.config import CadenceConfig, PolicyConfig, RiskConfig, merged
@@ -207,8 +208,8 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
             for state in launch.optimizers[-1].state.values():
                 state["exp_avg_sq"].mul_(STALE_FACTOR)
         apart = recipe.rate_apart(step)
-        scheduled = recipe.scheduled_rate(step) * apart  # the agent reports the largest rate of all groups
-        controller.begin(own_step, scheduled)
+        controller.begin(own_step, recipe.scheduled_rate(step), apart)
+        scheduled, apart = controller.scheduled, controller.apart
         due = takes_snapshots and is_due(own_step, controller.dense_until)
         if due:
             recorder.start()
@@ -223,12 +224,12 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
             break
         profile = recorder.stop(step) if due else None
         if due or recipe.arm == "spike":
-            controller.see(own_step, profile, losses[-1], scheduled)
+            controller.see(own_step, profile, losses[-1], scheduled, recorder.logits() if due else ())
         if due and projection is not None:
             projection.see(step, profile, controller.risk.value, PolicyConfig())
         rule(parameters, norm)
         rates.append(scheduled * controller.lr_scale)
-        set_rate(launch.optimizers, rates[-1] / apart, apart)
+        set_rate(launch.optimizers, rates[-1] / max(1.0, apart), apart)
         if due:
             recorder.note_update(launch.optimizers)
         for optimizer in launch.optimizers:
@@ -325,6 +326,8 @@ class Recorder:
         self._steps: list[int] = []
         self._rows: list[dict[str, list[float]]] = []
         self._log_partition: Tensor | None = None
+        self._slow = SlowSignals()
+        self._logits: list[float | None] = []
 
     def start(self) -> None:
         blocks = self._blocks
@@ -340,6 +343,16 @@ class Recorder:
 
     def _take_output(self, logits: Tensor) -> None:
         self._log_partition = log_partition(logits, (VOCABULARY,))
+
+    def logits(self) -> list[float | None]:
+        """Return the largest attention logit of each layer as the agent reports it; None where it is unknown.
+
+        In a calm cadence the agent repeats the values of an earlier snapshot.
+        """
+        if self._slow.is_due(self._steps[-1]):
+            self._slow.note(self._steps[-1])
+            self._logits = [each if math.isfinite(each) else None for each in self._rows[-1]["max_logit"]]
+        return self._logits
 
     def note_update(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Add the update RMS of the update that follows, as the agent measures it: after clipping, before the step."""

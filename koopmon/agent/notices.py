@@ -97,6 +97,8 @@ class Notices:
             times = "1 change" if self._num_changes == 1 else f"{self._num_changes or 'no'} changes"
             done = f"{times} of the training, learning rate x {applied.lr_scale:.3g} at the end"
             done += "" if applied.max_rate is None else f", at most {applied.max_rate:.3g}"
+            bound = len(applied.rate_shares)
+            done += f", parameter groups with a bound on their rate: {bound}" if bound else ""
         loss = stats.measured["loss"].get()
         broken = not stats.finite or (loss is not None and not math.isfinite(loss))
         finite = "NOT FINITE at the end" if broken else "finite"

@@ -269,7 +269,6 @@ class TrainingSteps:
 
     def _before_step(self, update: Update) -> None:
         started = time.perf_counter()
-        self._stats.measured["learning_rate"].put(self._optimizers.largest_rate())
         self._taps.forward_over()
         state, step = self._lifecycle.state, self._stats.step
         state.before_step(step)
@@ -278,6 +277,7 @@ class TrainingSteps:
         control = state.control
         for apply in self._others[0]:
             apply(control, step, update)
+        self._stats.measured["learning_rate"].put(self._optimizers.largest_rate())  # within the bounds in force
         self._stats.hook_seconds += time.perf_counter() - started
 
     def _end_step(self) -> None:

@@ -97,6 +97,8 @@ class NotifySink:
         scale, cap = run.applied.lr_scale, run.applied.max_rate
         force = f"A learning-rate scale of {scale:g} was in force." if scale < 1.0 else ""
         force = force if cap is None else f"A cap of {cap:.3g} on the learning rate was in force."
+        if bound := len(run.applied.rate_shares):
+            force += f" Parameter groups with a bound on their rate: {bound}."
         if run.state is RunState.VANISHED:
             happened = "No message of the run arrives any more."
             self._send(at, run, ("lost",), happened=happened, means=MEANS_LOST, did=force)

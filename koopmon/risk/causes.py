@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from koopmon.risk.logit_growth import GROWTH, LEAST_LOGIT
+
 if TYPE_CHECKING:
     from koopmon.risk.online_detector import Observation
 
@@ -57,6 +59,12 @@ def _attention(seen: Observation, _: UpdateHistory) -> str:
     return f"attention logits of layer {seen.max_attention_layer} reached {seen.max_attention_logit:,.0f}"
 
 
+def grown_logits(seen: Observation, growth: float) -> str:
+    """Return the words for attention logits that have grown by `growth` times GROWTH over the run's own level."""
+    logit, ratio = seen.max_attention_logit or 0.0, growth * GROWTH
+    return f"attention logits of layer {seen.max_attention_layer} grew to {logit:,.0f}, {ratio:.1f} times their level"
+
+
 def _takeover(seen: Observation, _: UpdateHistory) -> str:
     largest, following = seen.max_spectral_radius, seen.next_spectral_radius
     if largest is None or following is None or not largest >= max(TAKEOVER_RADIUS, TAKEOVER_RATIO * following):
@@ -87,8 +95,9 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         "attention",
         "Attention logits",
-        f"an attention logit of at least {HIGH_LOGIT:,.0f}",
-        _LOWER_RATE,
+        f"an attention logit of at least {HIGH_LOGIT:,.0f}; or, normalised layers above the critical rate, one of at "
+        f"least {LEAST_LOGIT:g} and {GROWTH:g} times the run's own level, which raises the alarm",
+        f"{_LOWER_RATE} A parameter group whose rate outgrew the others keeps its rate beside them.",
         "The logits of the copy are smaller, and at the lower rate they stay below 1,000.",
         "Lower the peak rate, or train with QK-norm.",
         _attention,

@@ -27,6 +27,9 @@ is not known. Two scores in [0, 1] follow, as log-odds:
     forecast  log growth of the expansive mass + prior       It warns and starts no action.
               4 log(z + 0.05) + prior                        The same with the loss's z-score z, where a loss is known.
 
+Attention logits can grow while the update ratios stay smooth. For normalised layers at a rate above the critical one,
+the risk is therefore at least the logistic function of 4 log g, with g from `koopmon.risk.logit_growth`.
+
 The measured results are in benchmarks/results.
 """
 
@@ -41,6 +44,7 @@ from msgspec import Meta
 
 from koopmon.config import RiskConfig
 from koopmon.risk import causes
+from koopmon.risk.logit_growth import LogitGrowth
 from koopmon.risk.loss_zscore import MIN_LOSSES, LossZScore
 from koopmon.risk.normalization import normalization_from_exponent
 from koopmon.wire.messages import AtStep, TrainingStep
@@ -127,6 +131,8 @@ class RiskState:
     """z-score of the loss; without losses where none is known."""
     update_rms: Annotated[tuple[Annotated[float, Meta(ge=0.0)], ...], Meta(max_length=causes.NUM_UPDATES)] = ()
     """Update RMS of the last snapshots, oldest first."""
+    logits: LogitGrowth = field(default_factory=LogitGrowth)
+    """Growth of the largest attention logit; without logits where none is known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,9 +270,27 @@ def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tu
     update_rms = observation.training.update_rms
     if update_rms is not None:
         state = replace(state, update_rms=causes.remember(state.update_rms, update_rms))
+    if observation.informative:
+        state = replace(state, logits=state.logits.after(observation.step, observation.max_attention_logit))
+        grown = _risk_of_logits(state, observation, risk)
+        if grown > risk.value:
+            risk = replace(risk, value=grown)
+            if state.logits.value >= 1.0:
+                found.setdefault("attention", causes.grown_logits(observation, state.logits.value))
     if found:
         risk = replace(risk, causes=tuple(found), reason="; ".join((*found.values(), risk.reason)))
     return state, risk
+
+
+def _risk_of_logits(state: RiskState, observation: Observation, risk: OnlineRisk) -> float:
+    """Compute the risk from the growth of the attention logits of normalised layers, in [0, 1].
+
+    It is 0 unless the rate in force is above the critical one: logits of healthy runs grow too.
+    """
+    growth, excess = state.logits.value, risk.excess_rate
+    if growth <= 0.0 or excess is None or normalization(observation) <= 0.5:
+        return 0.0
+    return _sigmoid(4.0 * math.log(growth)) if excess * observation.training.lr_scale >= 1.0 else 0.0
 
 
 def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> tuple[RiskState, OnlineRisk]:
@@ -288,7 +312,14 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     # Steps that go back mean a new start from a checkpoint, and other layers mean another model. A difference to the
     # last snapshot has no meaning in both cases.
     if state.step is None or observation.step <= state.step or changed:
-        fresh = replace(state, step=observation.step, z=z, recent=(z,), speed=(), restlessness=0.0, lr_scale=1.0)
+        fresh = RiskState(
+            initial_expansive_mass=state.initial_expansive_mass,
+            step=observation.step,
+            z=z,
+            recent=(z,),
+            surprise=state.surprise,
+            update_rms=state.update_rms,
+        )
         first = "first snapshot"
         return fresh, OnlineRisk(value=0.0, forecast=forecast, reason=first, excess_rate=excess, components=foreseen)
     before = tuple(each for each in state.recent if len(each) == len(z))
@@ -319,6 +350,7 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
         lr_scale=observation.training.lr_scale,
         surprise=state.surprise,
         update_rms=state.update_rms,
+        logits=state.logits,
     )
     lasting = restless / config.restlessness_scale
     reliable = 1.0 if observation.reliable_mode_ratio is None else observation.reliable_mode_ratio
@@ -358,6 +390,7 @@ def _with_start_and_loss(state: RiskState, observation: Observation) -> RiskStat
         lr_scale=state.lr_scale,
         surprise=state.surprise.after(observation.training.loss),
         update_rms=state.update_rms,
+        logits=state.logits,
     )
 
 

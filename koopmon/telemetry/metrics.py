@@ -158,7 +158,10 @@ TABLE: tuple[Series, ...] = (
     _run("lr_scale", "LR scale: factor on the learning rate in force."),
     _run("step", "Largest optimizer step in a message of the run."),
     _run("loss", "Loss of the latest measured step, mean over ranks. Absent if unknown or not finite."),
-    _run("learning_rate", "Largest learning rate of all parameter groups, as the schedule set it."),
+    _run(
+        "learning_rate",
+        "Largest learning rate of all parameter groups, as the schedule set it, within the bounds on single groups.",
+    ),
     _run(
         "gradient_norm",
         "Norm of the gradients of the latest measured step, mean over ranks. Absent if unknown or not finite.",

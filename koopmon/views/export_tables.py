@@ -52,7 +52,7 @@ _PLACE = (
     ExportColumn("time", "number", "Unix seconds"),
 )
 _TRAINING = {
-    "learning_rate": "largest learning rate over the parameter groups, before the LR scale",
+    "learning_rate": "largest learning rate over the parameter groups, before the LR scale and within bounds on groups",
     "loss": "loss, measured or logged by the script, mean over ranks",
     "grad_norm": "norm of the gradients, measured or logged by the script, mean over ranks",
     "lr_scale": "LR scale in force: koopmon's factor on the learning rate",

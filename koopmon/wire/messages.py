@@ -10,7 +10,7 @@ from typing import Annotated, Final, Literal, get_args
 import msgspec
 from msgspec import Meta, Struct
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 MAX_STEP: Final = (1 << 53) - 1
 """The largest optimizer step: a double represents every integer up to this value."""
 MAX_MODULUS: Final = 1000.0
@@ -42,6 +42,9 @@ NumSenders = Annotated[int, Meta(ge=1, le=1024)]
 LrScale = Annotated[float, Meta(gt=0.0, le=1.0)]
 MAX_RATE: Final = 1e6
 Rate = Annotated[float, Meta(gt=0.0, le=MAX_RATE)]
+MAX_SHARES: Final = 32
+"""Maximum number of parameter groups with a bound on their rate."""
+GroupIndex = Annotated[int, Meta(ge=0, lt=1 << 16)]
 RampSteps = Annotated[int, Meta(ge=0, le=MAX_RAMP_STEPS)]
 CadenceSteps = Annotated[int, Meta(ge=1, le=MAX_CADENCE_STEPS)]
 MinStride = Annotated[int, Meta(ge=1, le=MAX_MIN_STRIDE)]
@@ -100,7 +103,8 @@ class TrainingStep(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     step: Step
     """Number of optimizer steps done."""
     learning_rate: float | None = None
-    """Largest learning rate over parameter groups, as the user's schedule set it, before koopmon's LR scale."""
+    """Largest learning rate over parameter groups, as the user's schedule set it, before koopmon's LR scale, and
+    within the bounds on single groups."""
     loss: float | None = None
     """The loss of the step: the sum of the scalars that `backward()` was called on, or what the user's loop logs."""
     grad_norm: float | None = None
@@ -154,6 +158,9 @@ class Applied(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     warmup_done: RampSteps = 0
     """Steps that are done of the warm-up under the cap, which takes `warmup_steps`. Both are 0 after it."""
     warmup_steps: RampSteps = 0
+    rate_shares: Annotated[dict[GroupIndex, Rate], Meta(max_length=MAX_SHARES)] = {}
+    """The bound on the rate of a parameter group, by the group's index over all optimizers: a multiple of the largest
+    rate of the groups without one. A bound belongs to a cap."""
     kss: KssSettings = KssSettings()
 
     def at_step(self, step: int) -> TrainingStep:

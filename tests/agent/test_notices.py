@@ -116,8 +116,9 @@ def test_the_end_has_the_changes(capsys: pytest.CaptureFixture[str]) -> None:
     notices = made()
     for _ in range(2):
         notices.changed(result())
-    line = closing(capsys, notices, lr_scale=0.25, max_rate=0.003)
-    assert "2 changes of the training, learning rate x 0.25 at the end, at most 0.003;" in line
+    line = closing(capsys, notices, lr_scale=0.25, max_rate=0.003, rate_shares={1: 1.0})
+    assert "2 changes of the training, learning rate x 0.25 at the end, at most 0.003, " in line
+    assert "parameter groups with a bound on their rate: 1;" in line
 
 
 @pytest.mark.parametrize("broken", ["loss", "states"])

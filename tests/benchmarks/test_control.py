@@ -105,3 +105,22 @@ def test_another_policy_never_rewinds() -> None:
         controller.see(step, None, 2.0, 0.1)
     assert controller.num_rewinds == 0
     assert controller.min_lr_scale < 1.0
+
+
+def test_a_group_at_fault_is_bounded_as_by_the_agent() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = AdamW([{"params": [model.weight]}, {"params": [model.bias]}], lr=0.01)
+    controller = Controller("auto", width=64, num_layers=2, exponent=0.0, copies=Copies(model, optimizer))
+    in_force = []
+    for step in range(84):
+        controller.begin(step, 0.001 if step < 83 else 0.0005, 30.0 if step >= 70 else 1.0)
+        in_force.append((controller.scheduled, controller.apart, controller.lr_scale))
+        controller.see(step, None if step == 80 else PROFILE, 2.0, controller.scheduled)
+        train(model, optimizer)
+    assert in_force[69] == (0.001, 1.0, 1.0)
+    assert in_force[81] == (pytest.approx(0.03), 30.0, 1.0)
+    assert controller.num_rewinds == 1
+    assert in_force[82][:2] == (0.001, pytest.approx(1.0))
+    assert in_force[83][:2] == (0.0005, pytest.approx(1.0)), "the schedule moves on"
+    assert controller.lost_steps == 82 - 48, "the newest copy is of the fault"

@@ -178,9 +178,10 @@ def test_an_end_and_a_loss() -> None:
     assert (end.events, end.happened, end.step) == (("end",), "The training ended: finished.", 7)
     assert (lost.events, lost.happened) == (("lost",), "No message of the run arrives any more.")
     assert end.did == lost.did == "A learning-rate scale of 0.5 was in force."
-    run.applied, run.state = Applied(max_rate=0.00781), RunState.ENDED
+    run.applied, run.state = Applied(max_rate=0.00781, rate_shares={1: 0.5}), RunState.ENDED
     (end,) = told(events.RunClosed(run, "goodbye"))
-    assert (end.happened, end.did) == ("The training ended.", "A cap of 0.00781 on the learning rate was in force.")
+    force = "A cap of 0.00781 on the learning rate was in force. Parameter groups with a bound on their rate: 1."
+    assert (end.happened, end.did) == ("The training ended.", force)
 
 
 def test_the_link_fits_every_name() -> None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koopmon.config import RiskConfig
+from koopmon.risk.logit_growth import GROWTH, LogitGrowth
 from koopmon.risk.loss_zscore import MIN_LOSSES
 from koopmon.risk.online_detector import (
     LOSS_FLOOR,
@@ -341,8 +342,10 @@ def test_a_fresh_start_forgets_what_was_measured_of_the_layers(again: Observatio
     state = RiskState()
     for step in range(10):
         ratios = (0.5 if step % 2 else 4.0, 0.6)
-        state, _ = assess(state, seen(step, ratios, lr_scale=0.5, expansive_mass=0.1, loss=3.0 + step), CONFIG)
+        measured = seen(step, ratios, lr_scale=0.5, expansive_mass=0.1, loss=3.0 + step)
+        state, _ = assess(state, replace(measured, max_attention_logit=20.0), CONFIG)
     assert state.restlessness > 0
+    assert state.logits.logits
     again = replace(again, update_exponent=exponent)
     after, risk = assess(state, again, CONFIG)
     new, _ = assess(replace(RiskState(), initial_expansive_mass=0.1, surprise=state.surprise), again, CONFIG)
@@ -486,3 +489,68 @@ def test_a_loss_without_news_makes_a_forecast_of_its_floor() -> None:
     for z in (0.0, -5.0):
         assert log_odds(foresight({"prior": 2.0, "loss": z})) == pytest.approx(2.0 + 4 * math.log(0.05), rel=1e-6)
     assert log_odds(foresight({"prior": 0.0, "loss": 0.95})) == pytest.approx(0.0, abs=1e-9)
+
+
+def with_logits(logits: list[float | None], **fields: Any) -> list[OnlineRisk]:
+    """Risks of calm snapshots, 10 steps apart, of normalised layers at 2 times the critical rate."""
+    rate = 2.0 * CONFIG.normalized_critical_rate / 100
+    state, risks = RiskState(), []
+    for index, logit in enumerate(logits):
+        training: dict[str, Any] = {"learning_rate": rate, "width": 100, "exponent": 0.0, **fields}
+        observed = replace(seen(10 * index, (0.5, 0.6), **training), max_attention_logit=logit, max_attention_layer=1)
+        state, risk = assess(state, observed, CONFIG)
+        risks.append(risk)
+    return risks
+
+
+def test_attention_logits_that_grow_are_an_alarm() -> None:
+    risks = with_logits([20.0] * 10 + [20.0 * GROWTH, 40.0 * GROWTH, 20.0])
+    assert max(risk.value for risk in risks[:10]) == 0.0
+    assert risks[10].value == pytest.approx(0.5)
+    assert risks[11].value == pytest.approx(16 / 17), "the logistic function of 4 log 2"
+    assert risks[10].causes == risks[11].causes == ("attention",)
+    below = with_logits([20.0] * 10 + [40.0])[-1]
+    assert below.value == pytest.approx(0.8**4 / (0.8**4 + 1))
+    assert below.causes == (), "no alarm, but a closer look"
+    assert risks[11].reason.startswith("attention logits of layer 1 grew to 100, 5.0 times their level; ")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"exponent": 1.0},
+        {"exponent": 0.33},
+        {"learning_rate": 0.99 * CONFIG.normalized_critical_rate / 100},
+        {"learning_rate": None},
+        {"lr_scale": 0.49},
+    ],
+)
+def test_grown_logits_alone_are_no_alarm(fields: dict[str, Any]) -> None:
+    """Without normalisation, at a rate below the critical one, or at one that is unknown."""
+    risks = with_logits([20.0] * 10 + [1000.0], **fields)
+    assert max(risk.value for risk in risks) == 0.0
+
+
+def test_the_rate_in_force_counts_for_grown_logits() -> None:
+    assert with_logits([20.0] * 10 + [100.0], lr_scale=0.51)[-1].value > 0.9
+
+
+def test_an_alarm_by_the_update_ratios_is_not_by_the_logits() -> None:
+    state = RiskState()
+    for step in range(100):
+        observed = replace(
+            seen(
+                step, (0.5,) if step < 97 else (50.0 + 900.0 * (step % 2),), learning_rate=1.0, width=100, exponent=0.0
+            ),
+            max_attention_logit=20.0 if step < 97 else 60.0,
+            max_attention_layer=0,
+        )
+        state, risk = assess(state, observed, CONFIG)
+    assert risk.value > 0.9
+    assert "attention" not in risk.causes
+
+
+def test_a_snapshot_that_is_not_informative_leaves_the_logits_of_the_history() -> None:
+    state, _ = assess(RiskState(), replace(seen(0, (0.5,)), max_attention_logit=20.0), CONFIG)
+    after, _ = assess(state, replace(seen(10, (0.5,), informative=False), max_attention_logit=20.0), CONFIG)
+    assert after.logits == state.logits == LogitGrowth((20.0,), 0)

@@ -342,6 +342,9 @@ class Actuator:
         applied = self._applied(step)
         parts = [f"learning rate x {applied.lr_scale:.3g}"] if applied.lr_scale != 1.0 else []
         parts += [f"peak rate at most {applied.max_rate:.3g}"] if applied.max_rate is not None else []
+        parts += (
+            [f"parameter groups with a bound on their rate: {bound}"] if (bound := len(applied.rate_shares)) else []
+        )
         parts += [f"KSS weight {applied.kss.alpha:.3g}"] if applied.kss.alpha else []
         if parts:
             logger.warning("koopmon: in force again, as when the launch before was killed: %s", ", ".join(parts))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from koopmon.agent.control.action import ControlAction, RequestRefusedError, Target, Update
 from koopmon.agent.control.optimizer_set import OptimizerSet
-from koopmon.agent.control.scale_proof import ScaleProof, prove
+from koopmon.agent.control.rate_shares import BOUNDED_AT, from_parameters
+from koopmon.agent.control.scale_proof import ScaleProof, prove, prove_groups
 from koopmon.agent.control.scaled_view import close_view, scaled_view
 from koopmon.agent.control.state import ControlState
 from koopmon.config import LimitsConfig
@@ -42,7 +43,7 @@ class LrBackoff(ControlAction):
 
     A cap on the peak rate is in the parameters: `max_rate`, the step `capped_from` at which the first cap was set, the
     peak `peak_rate` that an earlier launch followed (0 without one), and the warm-up of `warmup_steps` from step
-    `warmup_from` on.
+    `warmup_from` on. The bounds on single groups (`rate_shares`) are parameters of the rewind that found them.
     """
 
     kind = "set_lr_scale"
@@ -92,6 +93,19 @@ class LrBackoff(ControlAction):
             where = "has no learning rate" if rate is None else "has its learning rate on a device"
             raise RequestRefusedError(f"max_rate is refused: the optimizer {where}")
 
+    def refusal_of_bounds(self, groups: Collection[int]) -> str:
+        """Return the reason why the rates of these groups cannot be bounded apart from the others; empty if they can.
+
+        Groups are numbered over all optimizers.
+        """
+        first = 0
+        for optimizer in self._optimizers:
+            own = {each - first for each in groups if 0 <= each - first < len(optimizer.param_groups)}
+            first += len(optimizer.param_groups)
+            if own and (refusal := prove_groups(optimizer, own)):
+                return refusal
+        return ""
+
     def _proof(self, optimizer: Optimizer, *, again: bool = False) -> ScaleProof:
         """Return the result of the check, which a new group repeats, and `again` if there was none."""
         num_groups = len(optimizer.param_groups)
@@ -108,7 +122,7 @@ class LrBackoff(ControlAction):
         if not cap:
             return scale
         done, peak = int(step - cap["warmup_from"]), min(self._peak_rate(cap), MAX_RATE)
-        warms = done < cap["warmup_steps"]
+        warms = done < self._warmup_steps(state)
         warmup = {"warmup_done": done, "warmup_steps": int(cap["warmup_steps"])} if warms else {}
         return {**scale, "max_rate": cap["max_rate"], "peak_rate": peak or None, **warmup}
 
@@ -124,11 +138,20 @@ class LrBackoff(ControlAction):
         if not cap:
             return scale
         peak, warm = self._peak_rate(cap), 1.0
-        if cap["warmup_steps"] > 0:
-            warm = min(1.0, (step - cap["warmup_from"] + 1) / cap["warmup_steps"])
+        if (warmup_steps := self._warmup_steps(state)) > 0:
+            warm = min(1.0, (step - cap["warmup_from"] + 1) / warmup_steps)
         if peak > cap["max_rate"]:
             warm *= cap["max_rate"] / peak
         return max(min(scale, warm), MIN_EFFECTIVE_SCALE)
+
+    def _warmup_steps(self, state: ControlState) -> int | float:
+        """Return the steps of the warm-up under the cap; 0 after a rewind that bounded the groups at fault.
+
+        The others have learned at their rate, and a warm-up would cost steps.
+        """
+        cap, rewind = self.parameters(state), state.actions.get("rewind")
+        bounded_at = None if rewind is None else rewind.parameters.get(BOUNDED_AT)
+        return 0 if bounded_at is not None and bounded_at >= cap["warmup_from"] else cap["warmup_steps"]
 
     def _peak_rate(self, cap: Mapping[str, int | float]) -> float:
         first, peak = self._peak
@@ -139,20 +162,28 @@ class LrBackoff(ControlAction):
             self.revert()  # a step() raised: its post-hook never ran
         if self.kind not in state.actions:
             return
+        self.bound_groups(state, step)
         if cap := self.parameters(state):
             self._follow_peak(int(cap["capped_from"]))
-        if (scale := self.effective(state, step)) != self.neutral:
-            self._scale(update, scale)
+        scale, factors = self.effective(state, step), self._optimizers.factors(update.optimizer)
+        if scale != self.neutral or any(each < 1.0 for each in factors):
+            self._scale(update, scale, factors)
 
-    def _scale(self, update: Update, scale: float) -> None:
-        """Run `update` on a view of its optimizer whose rates are multiplied by `scale` in (0, 1]."""
+    def bound_groups(self, state: ControlState, step: int) -> None:
+        """Put the bounds on single groups in force. They are in the state of the rewind."""
+        rewind = state.actions.get("rewind")
+        if rewind is not None and self._optimizers.bound(from_parameters(rewind.parameters), rewind.ramp.linear(step)):
+            self._peak = -1, 0.0  # that of the groups at fault
+
+    def _scale(self, update: Update, scale: float, factors: Sequence[float]) -> None:
+        """Run `update` on a view of its optimizer: `scale` multiplies its rates, each of `factors` that of a group."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             return  # a graph would keep the scale for ever; its replays run no step and are only watched
         optimizer = update.optimizer
         known = self._proofs.get(optimizer)
         proof = self._proof(optimizer)
         if not proof.refusal:
-            view = scaled_view(optimizer, scale, sets_rate=proof.sets_rate)
+            view = scaled_view(optimizer, scale, sets_rate=proof.sets_rate, factors=factors)
             self._views.append((view, optimizer))
             update.args = (view, *update.args[1:])
         elif known is None or known.proof != proof:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from koopmon.agent.control.rate_shares import Shares, factors
 from koopmon.agent.control.scaled_view import RATE, number
 
 RATE_SIZED = ("adam", "lion", "rmsprop")
@@ -25,6 +26,12 @@ class OptimizerSet:
     def __init__(self, optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
         self._references: list[tuple[weakref.ref[Optimizer], weakref.ref[Optimizer]]] = []
         """Each member, with the outermost wrapper around it or itself."""
+        self._shares: Shares = {}
+        self._strength = 0.0
+        self._shares_of: weakref.WeakKeyDictionary[Optimizer, Shares] = weakref.WeakKeyDictionary()
+        """Share of each bounded group, by its index in the optimizer."""
+        self._share_of: dict[int, float] = {}
+        """Share of the group of each parameter, by its id: an optimizer that comes later may hold some of them."""
         for each in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
             self.add(each)
 
@@ -62,10 +69,12 @@ class OptimizerSet:
         return found
 
     def largest_rate(self) -> float | Tensor | None:
-        """Return the largest rate of all groups as the schedule set it.
+        """Return the largest rate of all groups as the schedule set it, within the bounds on them.
 
         A rate on a device is returned as a tensor, unread.
         """
+        if self._shares and (rates := self.rates()):
+            return max(rates)
         largest: float | None = None
         for reference, _ in self._references:
             each = reference()
@@ -77,6 +86,55 @@ class OptimizerSet:
                 if value is not None and (largest is None or value > largest):
                     largest = value
         return largest
+
+    def bound(self, shares: Shares, strength: float = 1.0) -> bool:
+        """Bound the rates of these groups. `strength` 0 is no bound. Returns True if the shares changed."""
+        self._strength = min(max(0.0, strength), 1.0)
+        if shares == self._shares:
+            return False
+        self._shares, self._shares_of, self._share_of = dict(shares), weakref.WeakKeyDictionary(), {}
+        first = 0
+        for member in self:
+            groups = member.param_groups
+            own = {each: shares[first + each] for each in range(len(groups)) if first + each in shares}
+            self._shares_of[member] = own
+            for each, share in own.items():
+                self._share_of |= dict.fromkeys(map(id, groups[each]["params"]), share)
+            first += len(groups)
+        return True
+
+    def rates(self) -> tuple[float, ...]:
+        """Return the rate of each group of each member, within its bound. Empty if one is no number in host memory."""
+        return tuple(rate * factor for rate, factor in zip(self._scheduled(), self._factors(), strict=True))
+
+    def factors(self, member: Optimizer) -> list[float]:
+        """Return the factor in (0, 1] on the rate of each group of `member`; empty without a bound."""
+        if not self._shares:
+            return []
+        owners = [each for each in self for _ in each.param_groups]
+        return [factor for owner, factor in zip(owners, self._factors(), strict=False) if owner is member]
+
+    def _scheduled(self) -> list[float]:
+        found = [group.get(RATE) for each in self for group in each.param_groups]
+        if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in found):
+            return []
+        values = [number(rate) for rate in found]
+        return [] if None in values else [value for value in values if value is not None]
+
+    def _factors(self) -> list[float]:
+        shares: dict[int, float] = {}
+        first = 0
+        for member in self if self._shares else ():
+            shares |= {first + each: share for each, share in self._shares_in(member).items()}
+            first += len(member.param_groups)
+        return [factor**self._strength for factor in factors(shares, self._scheduled())]
+
+    def _shares_in(self, member: Optimizer) -> Shares:
+        if member not in self._shares_of:
+            found = ((each, map(id, group["params"])) for each, group in enumerate(member.param_groups))
+            known = ((each, [self._share_of[one] for one in ids if one in self._share_of]) for each, ids in found)
+            self._shares_of[member] = {each: min(shares) for each, shares in known if shares}
+        return self._shares_of[member]
 
     def rate_sized_steps(self) -> bool:
         """Return True if each step moves each weight by about the learning rate, regardless of the gradient's size.

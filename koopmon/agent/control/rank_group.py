@@ -35,7 +35,7 @@ from koopmon.config import ControlConfig
 
 logger = logging.getLogger("koopmon.agent")
 
-MESSAGE_BYTES = 1024
+MESSAGE_BYTES = 2048
 """Length of every exchange. Its first two bytes hold the length of the rest."""
 POLL_SECONDS = 0.1
 """First interval between two reads of the store; it grows to LAST_POLL_SECONDS."""

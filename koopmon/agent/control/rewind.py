@@ -19,16 +19,18 @@ from typing import Any
 import msgspec
 from torch import Tensor, nn
 
+from koopmon.agent.control import rate_shares
 from koopmon.agent.control.action import NEVER, Completion, ControlAction, RequestRefusedError, Target, Update
 from koopmon.agent.control.lr_backoff import LrBackoff
 from koopmon.agent.control.optimizer_set import OptimizerSet
+from koopmon.agent.control.rate_shares import Shares
 from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.agent.control.state_copies import CannotCopyError, Key, StateCopy, TrainingState, copied_buffers
 from koopmon.agent.stats import AgentStats
 from koopmon.api import ArchitectureAdapter
 from koopmon.config import LimitsConfig
 from koopmon.plugins import Selection
-from koopmon.wire.messages import Applied, Command
+from koopmon.wire.messages import MAX_SHARES, MAX_TEXT, Applied, Command
 
 logger = logging.getLogger("koopmon.agent")
 
@@ -53,7 +55,8 @@ class RewindAction(ControlAction):
     """Keeps copies of the training's state, and returns to one of them on command.
 
     Its parameters are the interval between copies, and of the last command the step at which it came in force
-    (`at_step`) and the step of the copy (`copy_step`).
+    (`at_step`) and the step of the copy (`copy_step`), and the bounds on single groups (`rate_shares`). Its strength is
+    the exponent of their factors.
     """
 
     kind = "rewind"
@@ -75,6 +78,10 @@ class RewindAction(ControlAction):
         if limits.act == "never" or limits.max_rewinds == 0 or limits.rewind_max_bytes == 0:
             self._final = self._refusal = "the agent's limits allow no rewind"
         self._seconds: deque[float] = deque(maxlen=TIMED_COPIES)
+        self._rates: tuple[float, ...] = ()
+        """The rates of the groups in the update before the next copy, within the bounds on them."""
+        self._no_bound = ""
+        """The reason why the last rewind bounds no group more; empty if there is none."""
         self._num_copies = 0
         self._num_rewinds = 0
         self._run = ""
@@ -84,7 +91,7 @@ class RewindAction(ControlAction):
 
     def target(self, request: Command | Applied, state: ControlState, step: int) -> Target:
         if isinstance(request, Applied):
-            return self.released(state)
+            return self._restored(request, state)
         asked, most = request.rewind, self._limits.max_rewinds
         assert asked is not None
         if self._refusal:
@@ -95,7 +102,7 @@ class RewindAction(ControlAction):
             raise RequestRefusedError("no rewind: another one comes in force at this step")
         # The rate in force under a cap is a product that may exceed the cap by a rounding error.
         fitting = [
-            copy.step
+            copy
             for copy in (self._start, self._older, self._recent)
             if copy.step is not None
             and (copy.step == 0 or copy.step <= step - asked.min_age_steps)  # no update precedes step 0
@@ -106,7 +113,40 @@ class RewindAction(ControlAction):
             wanted = f"at least {asked.min_age_steps} steps old at a rate of at most {asked.max_rate:.3g}"
             raise RequestRefusedError(f"no rewind: no copy is {wanted}; copies: {ages}")
         self._run = request.run
-        return Target(1.0, {**self.parameters(state), "at_step": step, "copy_step": max(fitting)})
+        copy = max(fitting, key=lambda each: each.step or 0)
+        before, found = self._shares(state), self._shares_from(copy, asked.max_rate, state)
+        shares = rate_shares.as_parameters(found)
+        if found.keys() > before.keys():
+            shares[rate_shares.BOUNDED_AT] = step
+        kept = {name: each for name, each in self.parameters(state).items() if not name.startswith(rate_shares.PREFIX)}
+        return Target(1.0, {**kept, "at_step": step, "copy_step": copy.step or 0, **shares})
+
+    def _restored(self, applied: Applied, state: ControlState) -> Target:
+        """Return the target that has the bounds of an earlier launch. Its rewinds are not repeated."""
+        shares, num_groups = applied.rate_shares, len(self._optimizers.rates())
+        if shares and max(shares) >= num_groups:
+            asked = f"no bound on parameter group {max(shares)}"
+            raise RequestRefusedError(f"{asked}: the optimizer has {num_groups} groups with a rate that can be read")
+        if refusal := self._backoff.refusal_of_bounds(shares):
+            raise RequestRefusedError(f"no bound on a parameter group: {refusal}")
+        parameters = {**self.parameters(state), **rate_shares.as_parameters(shares)}
+        return Target(1.0 if shares else self.neutral, parameters, acts=False)
+
+    def _shares(self, state: ControlState) -> Shares:
+        """Return the bounds in force. They belong to a cap."""
+        return rate_shares.in_force(state.actions.get(self.kind)) if self._backoff.parameters(state) else {}
+
+    def _shares_from(self, copy: StateCopy, max_rate: float, state: ControlState) -> Shares:
+        """Return the bounds after a rewind to `copy`: those in force, and of groups that have outgrown the others."""
+        shares, self._no_bound = self._shares(state), ""
+        groups = {*shares, *rate_shares.outgrown(copy.rates, self._optimizers.rates(), max_rate, shares)}
+        if groups == shares.keys() or not self._backoff.parameters(state):
+            return shares
+        if len(groups) > MAX_SHARES:
+            self._no_bound = f"at most {MAX_SHARES} groups can be bounded, not {len(groups)}"
+        else:
+            self._no_bound = self._backoff.refusal_of_bounds(groups)
+        return shares if self._no_bound else {**shares, **rate_shares.shares_of(groups, copy.rates)}
 
     def tuned(self, state: ControlState) -> ControlState:
         seconds = self._stats.step_seconds
@@ -125,6 +165,9 @@ class RewindAction(ControlAction):
 
     def _interval(self, state: ControlState) -> int:
         return int(self.parameters(state).get("interval", INTERVAL_STEPS))
+
+    def applied(self, state: ControlState, step: int) -> Mapping[str, Any]:
+        return {"rate_shares": self._shares(state)}
 
     # Facts.
 
@@ -156,7 +199,9 @@ class RewindAction(ControlAction):
                 self._give_up(str(error)[:200])
 
     def apply(self, state: ControlState, step: int, update: Update) -> None:
+        self._backoff.bound_groups(state, step)
         if not self._final and (step == 0 or (step + 1) % self._interval(state) == 0):
+            self._rates = self._optimizers.rates()
             self._check_coverage()
         if not self._final and step == 0:
             try:
@@ -229,7 +274,7 @@ class RewindAction(ControlAction):
             self._recent, self._older = self._older, self._recent
         rate = self._stats.measured["learning_rate"].get()
         scale = self._backoff.effective(state, step - 1)
-        self._recent.take(training, step, math.inf if rate is None else rate * scale)
+        self._recent.take(training, step, math.inf if rate is None else rate * scale, self._rates)
         self._num_copies += 1
         if self._num_copies > SECOND_SLOT:  # both slots have their memory
             self._seconds.append(time.perf_counter() - started)
@@ -241,7 +286,9 @@ class RewindAction(ControlAction):
             training = self._training()
         except _FAILURES as error:
             self._give_up(str(error)[:200])
-        ready = copy is not None and training is not None and copy.fits(training)
+        shares = self._shares(state)
+        bounds = max(shares, default=-1) < len(self._optimizers.rates())
+        ready = copy is not None and training is not None and copy.fits(training) and bounds
         if not agree(ready) or copy is None or training is None:
             return Completion("failed", f"the copy of step {copy_step} no longer fits the training on every rank")
         copy.restore(training)
@@ -250,16 +297,19 @@ class RewindAction(ControlAction):
                 each.clear()
         self._num_rewinds += 1
         cap = self._backoff.parameters(state).get("max_rate")
+        more = f"; parameter groups with a bound on their rate: {len(shares)}" if shares else ""
+        more += f"; no further bound: {self._no_bound}" if self._no_bound else ""
         logger.log(
             logging.WARNING if self._run else logging.DEBUG,
-            "koopmon: %s: weights and optimizer state returned from step %d to step %d, %d steps are lost, %s",
+            "koopmon: %s: weights and optimizer state returned from step %d to step %d, %d steps are lost, %s%s",
             self._run or "this rank",
             step,
             copy_step,
             step - copy_step,
             "the learning rate is not capped" if cap is None else f"the learning rate is capped at {cap:.3g}",
+            more,
         )
-        return Completion("applied", f"returned to step {copy_step}")
+        return Completion("applied", f"returned to step {copy_step}{more}"[:MAX_TEXT])
 
     def _training(self) -> TrainingState:
         model = self._model()

@@ -12,7 +12,7 @@ import copy
 import inspect
 import logging
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -60,6 +60,16 @@ class _NotProvenError(Exception):
 
 def prove(optimizer: Optimizer) -> ScaleProof:
     """Return the result of the check. Raises nothing. Takes milliseconds, once per optimizer."""
+    return _prove(optimizer, range(len(optimizer.param_groups)))
+
+
+def prove_groups(optimizer: Optimizer, groups: Collection[int]) -> str:
+    """Return the reason why a scale of these groups' rates does not change their updates alone; empty if it does."""
+    return _prove(optimizer, groups).refusal
+
+
+def _prove(optimizer: Optimizer, scaled: Collection[int]) -> ScaleProof:
+    """Check the updates under a scale of the groups `scaled`."""
     name = type(optimizer).__name__
     if all(_readable(group.get(RATE)) is None for group in optimizer.param_groups):
         rate = next((found for group in optimizer.param_groups if (found := group.get(RATE)) is not None), None)
@@ -68,7 +78,7 @@ def prove(optimizer: Optimizer) -> ScaleProof:
     kept = ProcessState()  # the step may draw random numbers
     try:
         with torch.inference_mode(False), _Isolation(_tensors(optimizer)):
-            return _compare(optimizer)
+            return _compare(optimizer, scaled)
     except Exception as error:
         raise_from_signal(error)
         logger.debug("koopmon: check of %s", name, exc_info=error)
@@ -79,9 +89,12 @@ def prove(optimizer: Optimizer) -> ScaleProof:
         kept.restore()
 
 
-def _compare(optimizer: Optimizer) -> ScaleProof:
-    sample = _sample(optimizer)
-    if not sample:
+def _compare(optimizer: Optimizer, scaled: Collection[int]) -> ScaleProof:
+    groups = list(enumerate(optimizer.param_groups))
+    inside = _sample([group for each, group in groups if each in scaled])
+    outside = _sample([group for each, group in groups if each not in scaled])
+    sample, factors = inside + outside, [SCALE] * len(inside) + [1.0] * len(outside)
+    if not inside:
         raise _NotProvenError("its groups have no small parameter to check it with")
     for from_zero in (False, True):
         moved, rates = _updates(optimizer, sample, from_zero)
@@ -91,23 +104,24 @@ def _compare(optimizer: Optimizer) -> ScaleProof:
         raise _NotProvenError("it does not move the weights by a finite distance")
     refusal = f"{type(optimizer).__name__} changes its learning rate in each step in a way that cannot be restored"
     for sets_rate in (False, True):
-        scaled, scaled_rates = _updates(optimizer, sample, from_zero, SCALE, sets_rate=sets_rate)
-        if all(abs(a - b) <= 1e-5 * abs(b) for a, b in zip(scaled_rates, rates, strict=True)):
-            for own, other in zip(moved, scaled, strict=True):
+        slower, slower_rates = _updates(optimizer, sample, from_zero, factors, sets_rate=sets_rate)
+        if all(abs(a - b) <= 1e-5 * abs(b) for a, b in zip(slower_rates, rates, strict=True)):
+            for factor, own, other in zip(factors, moved, slower, strict=True):
                 # The first update may still use the rate from before. It must not move the weights further.
-                ratios = [b / a if a else SCALE for a, b in zip(own, other, strict=True)]
+                ratios = [b / a if a else factor for a, b in zip(own, other, strict=True)]
                 ratio = ratios[0] if ratios[0] > TOLERANCE else median(ratios[1:])
-                if not SCALE / TOLERANCE <= ratio <= SCALE * TOLERANCE:
-                    far = f"at {SCALE:g} of its learning rate it moves the weights {ratio:.3g}"
+                if not factor / TOLERANCE <= ratio <= factor * TOLERANCE:
+                    where = f" in {len(scaled)} of its groups" if outside else ""
+                    far = f"at {SCALE:g} of its learning rate{where} it moves the weights {ratio:.3g}"
                     return ScaleProof(f"{type(optimizer).__name__} does not follow: {far} times as far")
             return ScaleProof(sets_rate=sets_rate)
     return ScaleProof(refusal)
 
 
-def _sample(optimizer: Optimizer) -> list[Tensor]:
+def _sample(groups: list[dict[str, Any]]) -> list[Tensor]:
     """Return a few parameters of different groups: the smallest, and the smallest matrix."""
-    groups = [group for group in optimizer.param_groups if any(each.requires_grad for each in group["params"])]
-    groups = groups or optimizer.param_groups  # a loop may freeze one of several optimizers for a while
+    active = [group for group in groups if any(each.requires_grad for each in group["params"])]
+    groups = active or groups  # a loop may freeze one of several optimizers for a while
     chosen: dict[int, Tensor] = {}
     for group in _of_every_kind(groups):
         parameters = sorted(group["params"], key=Tensor.numel)
@@ -140,12 +154,22 @@ def _kind(group: dict[str, Any]) -> frozenset[tuple[str, Any]]:
 
 
 def _updates(
-    optimizer: Optimizer, sample: list[Tensor], from_zero: bool, scale: float = 1.0, *, sets_rate: bool = False
+    optimizer: Optimizer,
+    sample: list[Tensor],
+    from_zero: bool,
+    factors: Sequence[float] = (),
+    *,
+    sets_rate: bool = False,
 ) -> tuple[list[list[float]], list[float]]:
-    """Return how far a copy of `optimizer` moves each sampled parameter in each update, and its rates at the end."""
+    """Return how far a copy of `optimizer` moves each sampled parameter in each update, and its rates at the end.
+
+    `factors` scale the rates of the groups of the sampled parameters.
+    """
     torch.manual_seed(0)
     clones = [_clone(each, from_zero) for each in sample]
     twin = _twin(optimizer, sample, clones, fresh=from_zero)
+    factor_of = dict(zip(map(id, clones), factors, strict=False))
+    own = [factor_of.get(id(group["params"][0]), SCALE) / SCALE for group in twin.param_groups]
     gradients = [_gradient(each) for each in sample]
     step = type(twin).step
     step = getattr(step, "__wrapped__", step)  # without the user's hooks
@@ -160,10 +184,10 @@ def _updates(
         for each, gradient in zip(clones, gradients, strict=True):
             each.grad = gradient.clone()
         try:
-            if index == 0 or scale == 1.0:
+            if index == 0 or not factors:
                 step(twin)
             else:
-                view = scaled_view(twin, scale, sets_rate=sets_rate)
+                view = scaled_view(twin, SCALE, sets_rate=sets_rate, factors=own)
                 step(view)
                 close_view(view, twin)
         except AttributeError as error:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import weakref
 from collections import UserDict
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -22,12 +23,15 @@ RATE = "lr"
 _view_classes: weakref.WeakKeyDictionary[type[Optimizer], type[Optimizer]] = weakref.WeakKeyDictionary()
 
 
-def scaled_view(optimizer: Optimizer, scale: float, *, sets_rate: bool = False) -> Optimizer:
+def scaled_view(
+    optimizer: Optimizer, scale: float, *, sets_rate: bool = False, factors: Sequence[float] = ()
+) -> Optimizer:
     """Return a view of `optimizer` with all its attributes, whose groups multiply the user's rate by `scale` in (0, 1].
 
     The step may write to the view and to its groups: the optimizer has every change at once. A rate that it writes
     loses the scale again, because the step derived it from the scaled one. With `sets_rate` the step computes the rate
     from something else: the value that it writes is the user's own.
+    Each of `factors` multiplies the scale of one of the first groups.
     """
     kind = type(optimizer)
     view_class = _view_classes.get(kind)
@@ -35,7 +39,8 @@ def scaled_view(optimizer: Optimizer, scale: float, *, sets_rate: bool = False) 
         view_class = _view_classes[kind] = _make_view_class(kind)
     view: Any = object.__new__(view_class)
     view.__dict__ = optimizer.__dict__
-    groups = [ScaledGroup(each, scale, sets_rate) for each in optimizer.param_groups]
+    own = zip(optimizer.param_groups, chain(factors, repeat(1.0)), strict=False)
+    groups = [ScaledGroup(each, scale * factor, sets_rate) for each, factor in own]
     for name, value in (("_optimizer", optimizer), ("_scaled_groups", groups), ("_known", tuple(groups))):
         object.__setattr__(view, name, value)
     object.__setattr__(view, "_make_group", partial(ScaledGroup, scale=scale, sets_rate=sets_rate))

@@ -81,6 +81,8 @@ class StateCopy:
         self.step: int | None = None
         """Optimizer steps done when it was taken; None while it holds nothing."""
         self.rate = 0.0
+        self.rates: tuple[float, ...] = ()
+        """The schedule's rate of each group; empty where one is unknown."""
         self.identity: tuple[int, ...] = ()
         self._tensors: dict[Key, Tensor] = {}
         self._plain: dict[Key, Any] = {}
@@ -91,7 +93,7 @@ class StateCopy:
         return sum(each.numel() * each.element_size() for each in self._tensors.values())
 
     @torch.no_grad()
-    def take(self, state: TrainingState, step: int, rate: float) -> None:
+    def take(self, state: TrainingState, step: int, rate: float, rates: tuple[float, ...] = ()) -> None:
         """Copy `state`. Allocates only for tensors that the last copy did not have."""
         self.step = None  # what follows may raise
         old = self._tensors
@@ -101,7 +103,7 @@ class StateCopy:
         }
         torch._foreach_copy_(list(self._tensors.values()), list(state.tensors.values()))
         self._plain, self.identity = dict(state.plain), state.identity
-        self.step, self.rate = step, rate
+        self.step, self.rate, self.rates = step, rate, rates
 
     def fits(self, state: TrainingState) -> bool:
         """Return True if `restore` can put this copy into `state`: same parameters, and a place for each tensor."""

@@ -27,6 +27,7 @@ from koopmon.agent.control.actuator import (
 from koopmon.agent.control.all_actions import make_actions
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rank_group import MESSAGE_BYTES, _encoder
+from koopmon.agent.control.rate_shares import as_parameters
 from koopmon.agent.control.state import ActionState, ControlState, ControlUpdate, Ramp
 from koopmon.agent.lifecycle import Acting, LifeCycle, RankParts
 from koopmon.agent.parallelism import DataRanks, ParallelLayout
@@ -34,7 +35,7 @@ from koopmon.agent.rank_identity import RankContext
 from koopmon.agent.stats import AgentStats
 from koopmon.config import Config, from_mapping
 from koopmon.plugins import select
-from koopmon.wire.messages import Ack, Applied, Command, KssSettings
+from koopmon.wire.messages import MAX_SHARES, Ack, Applied, Command, KssSettings
 from tests.agent.models import build, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 
@@ -296,7 +297,10 @@ def test_the_largest_exchange_fits() -> None:
         "max_rate": 1 / 3,
         **dict.fromkeys(("capped_from", "warmup_from", "warmup_steps"), 1 << 52),
     }
-    rewind: dict[str, int | float] = dict.fromkeys(("interval", "at_step", "copy_step"), 1 << 52)
+    rewind: dict[str, int | float] = {
+        **dict.fromkeys(("interval", "at_step", "copy_step", "bounded_at"), 1 << 52),
+        **as_parameters({(1 << 16) - 1 - each: 1 / 3 for each in range(MAX_SHARES)}),
+    }
     state = ControlState(
         version=1 << 60,
         actions={
@@ -832,6 +836,10 @@ def test_a_value_that_cannot_be_restored_leaves_the_others() -> None:
         (
             Applied(lr_scale=0.5, max_rate=0.1, kss=KssSettings(alpha=1.5)),
             "learning rate x 0.5, peak rate at most 0.1, KSS weight 1.5",
+        ),
+        (
+            Applied(max_rate=0.05, rate_shares={0: 1.0}),
+            "peak rate at most 0.05, parameter groups with a bound on their rate: 1",
         ),
         (Applied(), ""),
     ],

@@ -258,6 +258,38 @@ def test_the_first_step_of_a_restarted_launch_has_what_was_in_force(
     assert kept(tmp_path, "one").read() is None, "it said goodbye"
 
 
+def test_the_first_step_of_a_restarted_launch_has_the_bounds_on_single_groups(
+    tmp_path: Path, agents: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    in_force = Applied(max_rate=0.1, peak_rate=0.1, rate_shares={1: 0.5})
+    kept(tmp_path, "one").keep(in_force)
+    caplog.set_level(logging.INFO, "koopmon.agent")
+    rates: list[list[float]] = []
+
+    class Probe(SGD):
+        def step(self, closure: Any = None) -> Any:
+            rates.append([group["lr"] for group in self.param_groups])
+            return super().step(closure)
+
+    with ScriptedMonitor(tmp_path / "m") as monitor:
+        model = build()
+        weights = list(model.parameters())
+        optimizer = Probe([{"params": weights[:-1]}, {"params": weights[-1:], "lr": 3.0}], lr=0.1)
+        agent = agents(model, optimizer, endpoint=monitor.endpoint, run="one")
+        assert "peak rate at most 0.1, parameter groups with a bound on their rate: 1" in caplog.text
+        monitor.wait(lambda: agent.status()["connected"])
+        assert monitor.of(Hello)[0].applied == in_force
+        rates.clear()  # those of the check of the optimizer
+        for step in range(3):
+            loss_of(model, batch(step)).backward()
+            optimizer.step()
+        assert rates == [pytest.approx([0.1, 0.05])] * 3
+        assert [group["lr"] for group in optimizer.param_groups] == [0.1, 3.0]
+        assert kept(tmp_path, "one").read() == in_force
+        agent.close()
+
+
 def test_the_settings_of_an_optimizer_that_wraps_another_are_kept_at_every_step(
     tmp_path: Path, agents: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

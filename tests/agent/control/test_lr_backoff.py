@@ -20,6 +20,7 @@ from koopmon.agent.control.action import RequestRefusedError, Target, Update
 from koopmon.agent.control.actuator import _towards
 from koopmon.agent.control.lr_backoff import LrBackoff
 from koopmon.agent.control.optimizer_set import OptimizerSet
+from koopmon.agent.control.rate_shares import BOUNDED_AT, as_parameters
 from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.config import LimitsConfig
 from koopmon.plugins import select
@@ -483,3 +484,99 @@ def test_a_rate_that_the_step_changes_in_place_is_the_users_at_the_latest_before
             assert float(rate) == pytest.approx(expected)
     if raises:
         assert float(rate) == pytest.approx(0.05), "the change of the first update"
+
+
+class Bounded:
+    """Two groups, a cap on the rate, and a bound on the second group; `rates` are those inside an update."""
+
+    def __init__(self, shares: dict[int, float], max_rate: float = 1.0) -> None:
+        weights = list(build().parameters())
+        self.optimizer = SGD([{"params": weights[:1]}, {"params": weights[1:]}], lr=0.1)
+        self.backoff = LrBackoff(LimitsConfig())
+        self.members = OptimizerSet(self.optimizer)
+        model = build()
+        self.backoff.inspect(model, self.members, select(model))
+        cap = {"max_rate": max_rate, "capped_from": 0, "peak_rate": 0.0, "warmup_from": 0, "warmup_steps": 0}
+        self.cap = ActionState(ramp=Ramp(start=1.0, target=1.0), parameters=cap)
+        self.rewind = ActionState(
+            ramp=Ramp(start=1.0, target=1.0), parameters={"interval": 16, **as_parameters(shares)}
+        )
+        self.step = 0
+
+    @property
+    def state(self) -> ControlState:
+        return ControlState(actions={"set_lr_scale": self.cap, "rewind": self.rewind})
+
+    def rates(self, first: float, second: float) -> list[float]:
+        for group, rate in zip(self.optimizer.param_groups, (first, second), strict=True):
+            group["lr"] = rate
+        update = Update(self.optimizer, (self.optimizer,), {})
+        self.backoff.apply(self.state, self.step, update)
+        seen = rates(update.args[0])
+        self.backoff.revert()
+        assert rates(self.optimizer) == [first, second], "the user's own"
+        self.step += 1
+        return seen
+
+
+def test_a_bounded_group_follows_the_schedule_of_the_others() -> None:
+    bounded = Bounded({1: 0.5})
+    for rate in (0.1, 0.2, 0.01):
+        assert bounded.rates(rate, 30.0) == pytest.approx([rate, 0.5 * rate])
+    assert bounded.rates(0.1, 0.04) == [0.1, 0.04], "within the bound the user's own"
+
+
+def test_the_peak_under_a_cap_is_that_of_the_bounded_rates() -> None:
+    bounded = Bounded({}, max_rate=0.1)
+    assert bounded.rates(0.05, 1.5) == pytest.approx([0.05 / 15, 0.1])
+    bounded.rewind = ActionState(ramp=Ramp(start=1.0, target=1.0), parameters=dict(as_parameters({1: 1.0})))
+    assert bounded.rates(0.05, 1.5) == pytest.approx([0.05, 0.05]), "the peak of the groups at fault is forgotten"
+    assert bounded.rates(0.2, 6.0) == pytest.approx([0.1, 0.1])
+    assert bounded.rates(0.1, 3.0) == pytest.approx([0.05, 0.05]), "the cap keeps the shape of the schedule"
+    assert bounded.backoff.applied(bounded.state, 4)["peak_rate"] == 0.2
+
+
+def test_a_bound_is_released_over_the_steps_of_the_cap() -> None:
+    bounded = Bounded({1: 1.0})
+    assert bounded.rates(0.1, 1.6) == pytest.approx([0.1, 0.1])
+    ramp = Ramp(first_step=1, start=1.0, target=0.0, num_steps=4)
+    bounded.rewind = ActionState(ramp=ramp, parameters=bounded.rewind.parameters)
+    bounded.cap = ActionState(ramp=Ramp(first_step=1, start=1.0, target=1.0, num_steps=4))
+    assert [bounded.rates(0.1, 1.6)[1] for _ in range(5)] == pytest.approx([0.2, 0.4, 0.8, 1.6, 1.6])
+
+
+def test_the_reason_against_bounds_is_that_of_the_optimizer_with_these_groups() -> None:
+    class FirstRateOnly(SGD):
+        def step(self, closure: Any = None) -> Any:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for each in group["params"]:
+                        each -= self.param_groups[0]["lr"] * each.grad
+
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(4)]
+    first = FirstRateOnly([{"params": weights[:1]}, {"params": weights[1:2]}], lr=0.1)
+    second = SGD([{"params": weights[2:3]}, {"params": weights[3:]}], lr=0.1)
+    backoff, model = LrBackoff(LimitsConfig()), build()
+    backoff.inspect(model, OptimizerSet([first, second]), select(model))
+    refused = {each: bool(backoff.refusal_of_bounds([each])) for each in range(5)}
+    assert refused == {0: True, 1: True, 2: False, 3: False, 4: False}
+    assert backoff.refusal_of_bounds([0, 1]) == "", "all groups of one optimizer"
+    assert backoff.refusal_of_bounds([]) == ""
+
+
+def test_a_rewind_that_adds_bounds_ends_the_warm_up_of_its_cap() -> None:
+    bounded = Bounded({1: 1.0}, max_rate=0.1)
+    shares = bounded.rewind.parameters
+
+    def warm(warmup_from: int) -> list[float]:
+        cap = {**bounded.cap.parameters, "warmup_from": warmup_from, "warmup_steps": 4}
+        bounded.cap = ActionState(ramp=Ramp(start=1.0, target=1.0), parameters=cap)
+        bounded.step = warmup_from
+        return bounded.rates(0.1, 3.0)
+
+    assert warm(7) == pytest.approx([0.025, 0.025]), "a rewind without new bounds"
+    bounded.rewind = ActionState(ramp=Ramp(start=1.0, target=1.0), parameters={**shares, BOUNDED_AT: 7})
+    assert warm(7) == warm(6) == pytest.approx([0.1, 0.1])
+    assert "warmup_steps" not in bounded.backoff.applied(bounded.state, 7)
+    assert warm(8) == pytest.approx([0.025, 0.025]), "a later cap"
+    assert bounded.backoff.applied(bounded.state, 8)["warmup_steps"] == 4

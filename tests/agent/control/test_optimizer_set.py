@@ -139,3 +139,96 @@ def test_a_member_updates_its_own_parameters_and_those_of_its_wrapper() -> None:
 
     assert updated(first) == list(map(id, [*own, *own, *rest]))
     assert updated(second) == list(map(id, other))
+
+
+def grouped(*rates: Any) -> tuple[list[nn.Parameter], SGD]:
+    """An optimizer with one group of two weights for each rate."""
+    held = weights(2 * len(rates))
+    groups = [{"params": held[2 * each : 2 * each + 2], "lr": rate} for each, rate in enumerate(rates)]
+    return held, SGD(groups, lr=0.1)
+
+
+def test_a_bound_is_in_every_rate_that_is_read() -> None:
+    _, optimizer = grouped(0.1, 3.0)
+    members = OptimizerSet(optimizer)
+    assert (members.rates(), members.factors(optimizer)) == ((0.1, 3.0), [])
+    assert members.bound({1: 0.5})
+    assert not members.bound({1: 0.5}), "the same again"
+    assert members.rates() == pytest.approx((0.1, 0.05))
+    assert members.factors(optimizer) == pytest.approx([1.0, 1 / 60])
+    assert members.largest_rate() == 0.1
+    optimizer.param_groups[0]["lr"] = 0.001
+    assert members.largest_rate() == 0.001
+    assert members.rates()[1] == pytest.approx(0.0005)
+    optimizer.param_groups[1]["lr"] = 0.0001
+    assert members.rates() == (0.001, 0.0001), "a rate is never raised"
+    assert members.bound({})
+    assert members.factors(optimizer) == []
+
+
+@pytest.mark.parametrize(
+    ("strength", "factor"), [(1.0, 0.25), (0.5, 0.5), (0.0, 1.0), (-3.0, 1.0), (1e300, 0.25), (float("nan"), 1.0)]
+)
+def test_a_bound_fades_with_its_strength(strength: float, factor: float) -> None:
+    _, optimizer = grouped(1.0, 4.0)
+    members = OptimizerSet(optimizer)
+    members.bound({1: 1.0}, strength)
+    assert members.factors(optimizer) == [1.0, factor]
+    members.bound({1: 1.0}, 1.0)
+    assert members.factors(optimizer) == [1.0, 0.25]
+
+
+def test_groups_are_numbered_over_all_members() -> None:
+    _, first = grouped(0.1, 0.1)
+    _, second = grouped(0.1, 3.0, 0.2)
+    members = OptimizerSet([first, second])
+    members.bound({3: 0.5, 9: 0.5})
+    assert members.factors(first) == [1.0, 1.0]
+    assert members.factors(second) == pytest.approx([1.0, 0.1 / 3.0, 1.0])
+    assert members.largest_rate() == 0.2
+
+
+def test_a_bound_follows_its_weights_into_a_new_optimizer() -> None:
+    held, first = grouped(0.1, 3.0)
+    _, other = grouped(0.1)
+    members = OptimizerSet([first, other])
+    members.bound({1: 1.0})
+    new = SGD([{"params": held[2:3], "lr": 3.0}, {"params": held[:2], "lr": 0.1}, {"params": [], "lr": 0.1}], lr=0.1)
+    del first
+    gc.collect()
+    members.add(new)
+    assert members.factors(other) == [1.0]
+    assert members.factors(new) == pytest.approx([0.1 / 3.0, 1.0, 1.0])
+    assert members.largest_rate() == 0.1
+
+
+def test_a_group_of_another_ranks_weights_is_bounded_too() -> None:
+    """Under ZeroRedundancyOptimizer a rank may hold none of a group. Its largest rate is that of the other ranks."""
+    held = weights(1)
+    optimizer = SGD([{"params": held, "lr": 0.1}, {"params": [], "lr": 3.0}])
+    members = OptimizerSet(optimizer)
+    members.bound({1: 1.0})
+    assert members.largest_rate() == 0.1
+
+
+def test_rates_that_cannot_be_read_have_no_bound() -> None:
+    _, optimizer = grouped(0.1, 3.0)
+    members = OptimizerSet(optimizer)
+    members.bound({1: 1.0})
+    for rate in (None, torch.ones((), device="meta")):
+        optimizer.param_groups[0]["lr"] = rate
+        assert (members.rates(), members.factors(optimizer)) == ((), [])
+    assert members.largest_rate() is optimizer.param_groups[0]["lr"]
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    assert members.rates() == pytest.approx((0.1, 0.1))
+
+
+def test_groups_that_a_new_optimizer_joins_have_the_lower_bound() -> None:
+    held, first = grouped(1.0, 8.0, 8.0)
+    members = OptimizerSet(first)
+    members.bound({1: 0.5, 2: 2.0})
+    new = SGD([{"params": held[:2], "lr": 1.0}, {"params": held[2:], "lr": 8.0}])
+    del first
+    gc.collect()
+    members.add(new)
+    assert members.factors(new) == [1.0, 0.5 / 8.0]

@@ -290,7 +290,7 @@ def test_the_largest_message_fits_and_a_larger_one_is_an_error(groups: Make) -> 
         return update(first, first + 5, actions={key: ActionState(ramp=Ramp())})
 
     assert len(rank_group._encoder.encode(sized(0))) == MESSAGE_BYTES - 2
-    with pytest.raises(ValueError, match="at most 1022"):
+    with pytest.raises(ValueError, match=f"at most {MESSAGE_BYTES - 2}"):
         ranks[0].launch(sized(1))
     assert exchanged(ranks, sized(0)) == [sized(0)] * 2
 

@@ -28,7 +28,7 @@ from koopmon.agent.stats import AgentStats
 from koopmon.config import from_mapping
 from koopmon.conformance.training import Notebook
 from koopmon.plugins import select
-from koopmon.wire.messages import Applied, Command, Hello, Rewind
+from koopmon.wire.messages import Applied, Command, Heartbeat, Hello, Rewind
 from tests.agent.models import Model, build, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 
@@ -752,7 +752,7 @@ def test_over_the_wire(monitor: ScriptedMonitor, agents: Callable[..., Any], cap
 def test_both_ranks_return_to_the_same_copy_or_neither_does(
     ranks: Callable[..., Any], monitor: ScriptedMonitor, tmp_path: Path
 ) -> None:
-    layouts = ["ddp", "zero", "fsdp2", "fsdp1", "fsdp1-flat", "alone"]
+    layouts = ["ddp", "zero", "fsdp2", "fsdp1", "fsdp1-flat", "ddp-groups", "fsdp2-groups", "alone"]
     job = ranks("rewinds.py", tmp_path / "out", monitor.endpoint, *layouts)
     acks: dict[str, list[tuple[str, str]]] = {layout: [] for layout in layouts}
     for layout in layouts:
@@ -760,12 +760,17 @@ def test_both_ranks_return_to_the_same_copy_or_neither_does(
         def ready(run: str = layout) -> bool:
             if any(process.poll() for process in job.processes):
                 job.wait()
+            if run.endswith("-groups"):  # the fault
+                return any(beat.run == run and beat.training.learning_rate == 0.25 for beat in monitor.of(Heartbeat))
             return any(hello.run == run and hello.rewinds for hello in monitor.of(Hello))
 
         monitor.wait(ready, 90.0)
+        groups = layout.endswith("-groups")
+        if groups:
+            monitor.command("set_lr_scale", layout, lr_scale=1.0, max_rate=0.01)
         # Before the ranks have met it fails, and before step 20 no copy is old enough.
         while not acks[layout] or acks[layout][-1][0] != "applied":
-            asked = monitor.command("rewind", layout, rewind=Rewind(max_rate=1.0, min_age_steps=20))
+            asked = monitor.command("rewind", layout, rewind=Rewind(max_rate=0.01 if groups else 1.0, min_age_steps=20))
             ack = monitor.ack(asked)
             acks[layout].append((ack.outcome, ack.detail))
             if "no longer fits" in ack.detail and layout == "alone":
@@ -775,7 +780,8 @@ def test_both_ranks_return_to_the_same_copy_or_neither_does(
     job.wait()
     first, second = (json.loads(Path(f"{tmp_path / 'out'}.{rank}").read_text()) for rank in range(2))
     for layout in layouts[:-1]:
-        assert acks[layout][-1] == ("applied", f"returned to step {first[layout]['copied']}")
+        bound = "; parameter groups with a bound on their rate: 1" if layout.endswith("-groups") else ""
+        assert acks[layout][-1] == ("applied", f"returned to step {first[layout]['copied']}{bound}")
         assert [first[layout][name] for name in ("rewound", "copied")] == [
             second[layout][name] for name in ("rewound", "copied")
         ]
@@ -785,3 +791,214 @@ def test_both_ranks_return_to_the_same_copy_or_neither_does(
         assert each["losses"] == each["expected"]
         assert each["same"] in (True, None)
         assert each["status"]["errors"] == 0
+
+
+class Grouped(Alone):
+    """Three groups of parameters, with a cap on the rate."""
+
+    def __init__(self, max_rate: float | None = 0.2) -> None:
+        super().__init__()
+        self.divide(0.1, 0.1, 0.05)
+        self.cap(max_rate)
+
+    def divide(self, *given: float) -> None:
+        weights = list(self.model.parameters())
+        parts = [weights[: -len(given) + 1], *([each] for each in weights[-len(given) + 1 :])]
+        self.optimizer = SGD([{"params": part, "lr": rate} for part, rate in zip(parts, given, strict=True)])
+        members = OptimizerSet(self.optimizer)
+        self.action.inspect(self.model, members, select(self.model))
+        self.backoff.inspect(self.model, members, select(self.model))
+
+    def cap(self, max_rate: float | None) -> None:
+        if max_rate is not None:
+            applied = Applied(max_rate=max_rate)
+            self.state = _towards(self.state, self.backoff, self.backoff.target(applied, self.state, 0), 0, 0)
+
+    def train(self, first: int, last: int) -> None:
+        for number in range(first, last):
+            self.step(number, rate=self.action._optimizers.largest_rate())  # type: ignore[arg-type]
+
+    def rates(self, *given: float) -> list[float]:
+        for group, rate in zip(self.optimizer.param_groups, given, strict=False):
+            group["lr"] = rate
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def in_force(self, step: int) -> list[float]:
+        update = Update(self.optimizer, (self.optimizer,), {})
+        self.backoff.apply(self.state, step, update)
+        found = [group["lr"] for group in update.args[0].param_groups]
+        self.backoff.revert()
+        return found
+
+    @property
+    def shares(self) -> dict[int, float]:
+        return dict(self.action.applied(self.state, 0)["rate_shares"])
+
+
+def test_a_rewind_bounds_the_groups_that_outgrew_the_others() -> None:
+    grouped = Grouped()
+    grouped.train(0, 20)
+    grouped.rates(0.09, 2.7, 0.045)
+    grouped.train(20, 22)
+    target = grouped.ask(22, max_rate=0.2)
+    assert target == Target(1.0, {"at_step": 22, "copy_step": 16, "share.1": 1.0, "bounded_at": 22})
+    assert grouped.shares == {1: 1.0}
+    assert grouped.in_force(22) == pytest.approx([0.09, 0.09, 0.045])
+    done = grouped.step(22)
+    assert done == Completion("applied", "returned to step 16; parameter groups with a bound on their rate: 1")
+    grouped.rates(0.02, 0.6, 0.01)
+    assert grouped.in_force(400) == pytest.approx([0.02, 0.02, 0.01]), "the schedule moves on"
+
+
+def test_a_second_rewind_keeps_the_bounds_and_adds_others() -> None:
+    grouped = Grouped()
+    grouped.train(0, 20)
+    grouped.rates(0.1, 3.0, 0.05)
+    grouped.ask(22, max_rate=0.2)
+    grouped.step(22)
+    grouped.train(23, 60)
+    parameters = grouped.ask(61, max_rate=0.2).parameters
+    assert (parameters["share.1"], parameters["bounded_at"]) == (1.0, 22), "no group more"
+    grouped.step(61)
+    grouped.train(62, 100)
+    grouped.rates(0.08, 2.4, 1.6)
+    parameters = grouped.ask(100, max_rate=0.2).parameters
+    assert (parameters["copy_step"], parameters["bounded_at"]) == (96, 100)
+    assert grouped.shares == {1: pytest.approx(1.0), 2: pytest.approx(0.5)}
+    assert grouped.in_force(100) == pytest.approx([0.08, 0.08, 0.04])
+
+
+@pytest.mark.parametrize(
+    ("now", "max_rate"),
+    [
+        ((0.1, 0.1, 0.05), 0.2),  # another fault
+        ((3.0, 3.0, 1.5), 0.2),  # the whole schedule
+        ((0.1, 0.19, 0.05), 0.2),  # below the cap
+        ((0.1, 3.0, 0.05), None),  # without a cap
+    ],
+)
+def test_without_a_group_at_fault_there_is_no_bound(now: tuple[float, ...], max_rate: float | None) -> None:
+    grouped = Grouped(max_rate)
+    grouped.train(0, 20)
+    grouped.rates(*now)
+    assert grouped.ask(20, max_rate=0.2) == Target(1.0, {"at_step": 20, "copy_step": 16})
+    assert grouped.shares == {}
+    assert grouped.step(20) == Completion("applied", "returned to step 16")
+
+
+def test_the_start_is_no_measure_for_the_groups() -> None:
+    """They may warm up at different speeds."""
+    grouped = Grouped()
+    grouped.train(0, 10)
+    grouped.rates(0.1, 3.0, 0.05)
+    assert grouped.ask(10, max_rate=0.2) == Target(1.0, {"at_step": 10, "copy_step": 0})
+
+
+def test_bounds_that_cannot_be_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    grouped = Grouped()
+    grouped.train(0, 20)
+    grouped.rates(0.1, 3.0, 0.05)
+    monkeypatch.setattr(grouped.backoff, "refusal_of_bounds", lambda groups: f"not {sorted(groups)}")
+    assert "share.1" not in grouped.ask(20, max_rate=0.2).parameters
+    assert grouped.step(20) == Completion("applied", "returned to step 16; no further bound: not [1]")
+    monkeypatch.undo()
+    monkeypatch.setattr(rewind_module, "MAX_SHARES", 0)
+    grouped.ask(21, max_rate=0.2)
+    done = grouped.step(21)
+    assert done is not None
+    assert done.detail.endswith("no further bound: at most 0 groups can be bounded, not 1")
+    monkeypatch.undo()
+    monkeypatch.setattr(rewind_module, "MAX_SHARES", 1)
+    grouped.ask(22, max_rate=0.2)
+    assert grouped.shares == {1: 1.0}
+
+
+def test_a_released_bound_is_gone_from_what_is_in_force_and_from_the_next_rewind() -> None:
+    grouped = Grouped()
+    grouped.train(0, 20)
+    grouped.rates(0.1, 3.0, 0.05)
+    grouped.ask(20, max_rate=0.2)
+    grouped.step(20)
+    for action in (grouped.backoff, grouped.action):
+        released = action.released(grouped.state)
+        assert not released.acts
+        grouped.state = _towards(grouped.state, action, released, 21, 4)
+    assert grouped.shares == {}
+    assert grouped.in_force(24) == [0.1, 3.0, 0.05]
+    grouped.rates(0.1, 0.1, 0.05)
+    grouped.cap(0.2)
+    assert grouped.ask(30, max_rate=0.2) == Target(1.0, {"at_step": 30, "copy_step": 16, "bounded_at": 20})
+
+
+def test_a_restarted_launch_has_the_bounds_from_its_first_step_on() -> None:
+    killed = Grouped()
+    killed.train(0, 20)
+    killed.rates(0.1, 3.0, 0.05)
+    killed.ask(20, max_rate=0.2)
+    killed.step(20)
+    before = killed.in_force(20)
+    kept = Applied(**{**killed.backoff.applied(killed.state, 20), **killed.action.applied(killed.state, 20)})
+    assert (kept.max_rate, kept.rate_shares) == (0.2, {1: 1.0})
+    restarted = Grouped(None)
+    restarted.rates(0.1, 3.0, 0.05)
+    for action in (restarted.backoff, restarted.action):
+        target = action.target(kept, restarted.state, 0)
+        assert target.strength == 1.0
+        restarted.state = _towards(restarted.state, action, target, 0, 0)
+    assert restarted.shares == {1: 1.0}
+    restarted.step(0)
+    assert restarted.action._optimizers.largest_rate() == 0.1, "what the monitor reads of the first step"
+    assert restarted.in_force(0) == before
+
+
+def test_a_restarted_launch_with_other_groups_refuses_the_bounds() -> None:
+    grouped = Grouped()
+    with pytest.raises(RequestRefusedError, match=r"^no bound on parameter group 3: the optimizer has 3 groups"):
+        grouped.action.target(Applied(max_rate=0.2, rate_shares={0: 1.0, 3: 1.0}), grouped.state, 0)
+    grouped.rates(0.1, torch.ones((), device="meta"))  # type: ignore[arg-type]
+    with pytest.raises(RequestRefusedError, match=r"the optimizer has 0 groups with a rate that can be read$"):
+        grouped.action.target(Applied(max_rate=0.2, rate_shares={1: 1.0}), grouped.state, 0)
+    grouped.rates(0.1, 0.1)
+    grouped.action._backoff.refusal_of_bounds = lambda groups: "why"  # type: ignore[method-assign]
+    with pytest.raises(RequestRefusedError, match=r"^no bound on a parameter group: why$"):
+        grouped.action.target(Applied(max_rate=0.2, rate_shares={1: 1.0}), grouped.state, 0)
+
+
+def test_a_rank_with_other_groups_votes_against_a_rewind_with_bounds() -> None:
+    grouped = Grouped()
+    grouped.train(0, 20)
+    grouped.rates(0.1, 0.1, 3.0)
+    grouped.ask(20, max_rate=0.2)
+    last = grouped.optimizer.param_groups.pop()
+    grouped.optimizer.param_groups[1]["params"] += last["params"]
+    done = grouped.step(20)
+    assert done is not None
+    assert done.outcome == "failed"
+    assert grouped.votes == [False]
+
+
+def test_bounds_over_the_wire(monitor: ScriptedMonitor, agents: Callable[..., Any]) -> None:
+    model = build()
+    weights = list(model.parameters())
+    optimizer = AdamW([{"params": weights[:-1]}, {"params": weights[-1:]}], lr=0.01)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, run="job")
+    monitor.wait(lambda: agent.status()["connected"])
+
+    def trained() -> bool:
+        time.sleep(0.01)
+        return bool(train_step(model, optimizer, 0))
+
+    monitor.wait(lambda: trained() and len(agent.status()["rewind_steps"]) == 3)
+    optimizer.param_groups[1]["lr"] = 0.3
+    trained()
+    monitor.command("set_lr_scale", lr_scale=1.0, max_rate=0.02)
+    asked = monitor.command("rewind", rewind=Rewind(max_rate=0.02, min_age_steps=0))
+    monitor.wait(lambda: trained() and monitor.acked(asked))
+    ack = monitor.ack(asked)
+    assert ack.outcome == "applied"
+    assert ack.detail.endswith("; parameter groups with a bound on their rate: 1")
+    assert (ack.applied.max_rate, ack.applied.rate_shares) == (0.02, {1: 1.0})
+    monitor.wait(lambda: trained() and monitor.of(Heartbeat)[-1].training.learning_rate == 0.01)
+    assert monitor.of(Heartbeat)[-1].training.lr_scale == 1.0
+    assert agent.status()["applied"]["rate_shares"] == {1: 1.0}
+    assert agent.status()["errors"] == 0

@@ -31,6 +31,7 @@ from koopmon.agent.control.scale_proof import (
     _NotProvenError,
     _sample,
     prove,
+    prove_groups,
 )
 from koopmon.agent.control.scaled_view import close_view, scaled_view
 
@@ -400,7 +401,7 @@ def test_marks_of_a_parameter_are_those_of_its_copy() -> None:
 @pytest.mark.parametrize("count", [1, 3, 8, 9, 20])
 def test_the_check_takes_evenly_spaced_groups(count: int) -> None:
     weights = [nn.Parameter(torch.zeros(3)) for _ in range(count)]
-    taken = _sample(SGD([{"params": [each]} for each in weights], lr=0.1))
+    taken = _sample(SGD([{"params": [each]} for each in weights], lr=0.1).param_groups)
     every = math.ceil(count / MAX_GROUPS)
     assert list(map(id, taken)) == list(map(id, weights[::every]))
 
@@ -414,14 +415,14 @@ def test_the_check_takes_the_smallest_parameter_and_the_smallest_matrix_of_a_gro
     frozen.requires_grad_(False)
 
     def taken(*weights: nn.Parameter) -> list[int]:
-        return list(map(id, _sample(SGD(weights, lr=0.1))))
+        return list(map(id, _sample(SGD(weights, lr=0.1).param_groups)))
 
     assert taken(wide, square, bias, frozen, empty) == [id(bias), id(square)]
     assert taken(wide, cube, square) == [id(cube)], "one is both"
     assert taken(frozen) == [id(frozen)], "a loop may freeze an optimizer for a while"
     other = nn.Parameter(torch.zeros(1), requires_grad=False)
     partly = SGD([{"params": [frozen, bias]}, {"params": [other]}], lr=0.1)
-    assert list(map(id, _sample(partly))) == [id(bias)], "a frozen group has no part in the training"
+    assert list(map(id, _sample(partly.param_groups))) == [id(bias)], "a frozen group has no part in the training"
     assert taken(empty) == []
     assert len(taken(nn.Parameter(torch.zeros(())))) == 1
     square.grad = torch.zeros(3, 3)
@@ -437,7 +438,7 @@ def test_the_check_takes_a_group_of_every_kind() -> None:
     weights = [nn.Parameter(torch.zeros(3)) for _ in range(20)]
     groups = [{"params": [each], "use_muon": at % 3 == 1, "decay": 0.1 * at} for at, each in enumerate(weights)]
     groups[13]["name"] = "head"
-    taken = _sample(SGD(groups, lr=0.1))
+    taken = _sample(SGD(groups, lr=0.1).param_groups)
     assert list(map(id, taken)) == [id(weights[at]) for at in (0, 3, 6, 9, 12, 15, 18, 1, 13)]
 
 
@@ -795,3 +796,41 @@ def test_a_replicated_gradient_of_a_sharded_parameter_is_not_used() -> None:
     assert _gradient(parameter).shape == (4, 2)
     parameter.grad = torch.ones(4, 2)
     assert torch.equal(_gradient(parameter), torch.ones(4, 2))
+
+
+class FirstRateOnly(SGD):
+    """Updates all groups at the rate of the first one."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for each in group["params"]:
+                    each -= self.param_groups[0]["lr"] * each.grad
+
+
+@pytest.mark.parametrize(
+    ("make", "groups", "refusal"),
+    [
+        (SGD, {1}, ""),
+        (AdamW, {0, 2}, ""),
+        (AdamW, {0, 1, 2}, ""),
+        (FirstRateOnly, {1}, "does not follow: at 0.125 of its learning rate in 1 of its groups"),
+        (FirstRateOnly, {0}, "does not follow: at 0.125 of its learning rate in 1 of its groups"),
+        (FirstRateOnly, {0, 1, 2}, ""),
+        (IgnoresItsGroup, {0, 1}, "does not follow: at 0.125 of its learning rate in 2 of its groups"),
+    ],
+)
+def test_a_scale_of_single_groups_moves_their_weights_alone(make: Any, groups: set[int], refusal: str) -> None:
+    weights = parameters()
+    optimizer = make([{"params": part} for part in (weights[:1], weights[1:2], weights[2:])], lr=0.1)
+    set_gradients(weights, 0)
+    before = [each.detach().clone() for each in weights]
+    told = prove_groups(optimizer, groups)
+    assert told == "" if not refusal else refusal in told
+    assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+
+
+def test_single_groups_without_weights_are_refused() -> None:
+    optimizer = SGD([{"params": parameters()}, {"params": []}], lr=0.1)
+    assert "no small parameter" in prove_groups(optimizer, {1})
+    assert prove(optimizer) == ScaleProof()

@@ -380,3 +380,16 @@ def test_a_rate_on_a_device_is_neither_read_nor_moved() -> None:
     view.param_groups[0]["lr"].mul_(0.5)
     close_view(view, optimizer)
     assert optimizer.param_groups[0]["lr"] is rate
+
+
+def test_a_group_has_a_factor_of_its_own_beside_the_scale() -> None:
+    optimizer = SGD([{"params": [weight()], "lr": rate} for rate in (1.0, 8.0, 4.0)], lr=0.1)
+    view = scaled_view(optimizer, 0.5, factors=[1.0, 0.125])
+    assert [group["lr"] for group in view.param_groups] == [0.5, 0.5, 2.0], "those after the last factor have the scale"
+    view.param_groups[1]["lr"] = 0.25
+    view.add_param_group({"params": [weight()], "lr": 1.0})
+    close_view(view, optimizer)
+    assert [group["lr"] for group in optimizer.param_groups[:3]] == [1.0, 4.0, 4.0], "the user's rates"
+    view = scaled_view(optimizer, 0.5, factors=[1.0, 0.125, 1.0, 1.0, 0.1, 0.1])
+    assert len(view.param_groups) == len(optimizer.param_groups) == 4
+    close_view(view, optimizer)

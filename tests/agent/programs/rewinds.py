@@ -1,7 +1,8 @@
 """One rank of trainings that are sent back to a copy, one for each layout; writes what it saw as JSON.
 
 Usage: rewinds.py OUT ENDPOINT LAYOUT..., where LAYOUT is ddp, zero, fsdp1, fsdp1-flat, fsdp2, or `alone`: DDP, where
-only rank 0 keeps copies. Writes OUT.RANK: by layout the losses after the rewind and those of a plain twin.
+only rank 0 keeps copies. In ddp-groups and fsdp2-groups, a second group trains at 32 times the rate from step FAULT on,
+and the rewind bounds it. Writes OUT.RANK: by layout the losses after the rewind and those of a plain twin.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from tests.agent.programs.ddp import digest
 MOST = 2000
 AFTER = 10
 """Steps after the rewind."""
+FAULT = 70
+RATE = 1 / 128
 
 
 def wrapped(layout: str) -> nn.Module:
     model: nn.Module = build()
-    if layout == "fsdp2":
+    if layout.startswith("fsdp2"):
         for block in model.blocks:  # type: ignore[union-attr]
             fully_shard(block)
         fully_shard(model)
@@ -48,6 +51,9 @@ def wrapped(layout: str) -> nn.Module:
 def make_optimizer(layout: str, model: nn.Module) -> torch.optim.Optimizer:
     if layout == "zero":
         return ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01)
+    if layout.endswith("-groups"):
+        weights = list(model.parameters())
+        return torch.optim.AdamW([{"params": weights[:-2]}, {"params": weights[-2:]}], lr=RATE)
     return torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
@@ -59,7 +65,10 @@ def train(layout: str, endpoint: str, rank: int) -> dict[str, Any]:
     losses: list[float] = []
     rewound = copied = -1
     while len(losses) < MOST and (rewound < 0 or len(losses) < rewound + AFTER):
-        time.sleep(0.005)
+        fault = layout.endswith("-groups") and len(losses) >= FAULT
+        if fault:
+            optimizer.param_groups[1]["lr"] = 32 * RATE
+        time.sleep(0.03 if fault and rewound < 0 else 0.005)
         losses.append(train_step(model, optimizer, len(losses), rank))
         status = agent.status()
         if rewound < 0 and status["rewinds"]:
@@ -73,7 +82,7 @@ def train(layout: str, endpoint: str, rank: int) -> dict[str, Any]:
     # Without a rewind the twin repeats the whole training.
     steps = range(len(losses)) if rewound < 0 else [*range(copied), *range(rewound, len(losses))]
     expected = [train_step(twin, optimizer, step, rank) for step in steps]
-    whole = digest(model) == digest(twin) if layout in ("ddp", "zero", "alone", "fsdp2") else None
+    whole = digest(model) == digest(twin) if not layout.startswith("fsdp1") else None
     return {
         "rewound": rewound,
         "copied": copied,
