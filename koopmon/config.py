@@ -103,7 +103,8 @@ class CadenceConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Largest long-run share of the step time for snapshots, those of the sending thread included. Hooks and exchanges
     add to it."""
     initial_credit_seconds: Seconds = 5.0
-    """Time for snapshots on top of the budget. One half is for the start, the other for what the monitor requests."""
+    """Time for snapshots on top of the budget. One half is for the start, the other for what the monitor requests. The
+    copies for rewinds have half of it in addition."""
     max_bytes_per_second: Annotated[float, Meta(ge=1.0, le=1e15)] = 50e6
     """Largest rate at which one rank sends snapshots."""
 

@@ -35,7 +35,7 @@ from koopmon.wire.messages import MAX_SHARES, MAX_TEXT, Applied, Command
 logger = logging.getLogger("koopmon.agent")
 
 INTERVAL_STEPS = 16
-"""First interval between two copies. It doubles while the copies cost more than MAX_COST."""
+"""First interval between two copies. It doubles while the copies cost more than MAX_COST, once the credit is spent."""
 MAX_INTERVAL_STEPS = 1 << 16
 SECOND_SLOT = 4
 """Number of copies between two moves to the second slot."""
@@ -44,6 +44,8 @@ START_COPY_STEPS = 2000
 NUM_COPIES = 3
 MAX_COST = 0.001
 """Largest share of the step time that copies may take over the long run."""
+CREDIT = 0.5
+"""Time of the first copies, over the credit of the first snapshots. Until it is spent, their cost changes nothing."""
 TIMED_COPIES = 5
 """Number of copies whose median duration decides on the interval. The first ones allocate memory and are left out."""
 
@@ -56,15 +58,18 @@ class RewindAction(ControlAction):
 
     Its parameters are the interval between copies, and of the last command the step at which it came in force
     (`at_step`) and the step of the copy (`copy_step`), and the bounds on single groups (`rate_shares`). Its strength is
-    the exponent of their factors.
+    the exponent of their factors. `credit_seconds` is the time of copies that is left out of MAX_COST.
     """
 
     kind = "rewind"
     neutral = 0.0
     completes_at_edge = True
 
-    def __init__(self, limits: LimitsConfig, stats: AgentStats, backoff: LrBackoff) -> None:
+    def __init__(
+        self, limits: LimitsConfig, stats: AgentStats, backoff: LrBackoff, *, credit_seconds: float = 0.0
+    ) -> None:
         self._limits = limits
+        self._credit_seconds = credit_seconds
         self._stats = stats
         self._backoff = backoff
         self._model: Callable[[], nn.Module | None] = lambda: None
@@ -150,7 +155,7 @@ class RewindAction(ControlAction):
 
     def tuned(self, state: ControlState) -> ControlState:
         seconds = self._stats.step_seconds
-        if self._refusal or not seconds or len(self._seconds) < TIMED_COPIES:
+        if self._refusal or not seconds or len(self._seconds) < TIMED_COPIES or self._credit_seconds > 0.0:
             return state
         interval = tuned = self._interval(state)
         while median(self._seconds) > MAX_COST * tuned * seconds and tuned < MAX_INTERVAL_STEPS:
@@ -278,6 +283,7 @@ class RewindAction(ControlAction):
         self._num_copies += 1
         if self._num_copies > SECOND_SLOT:  # both slots have their memory
             self._seconds.append(time.perf_counter() - started)
+            self._credit_seconds -= self._seconds[-1]
 
     def _rewind(self, copy_step: int, step: int, state: ControlState, agree: Callable[[bool], bool]) -> Completion:
         copy = next((copy for copy in self._held() if copy.step == copy_step), None)

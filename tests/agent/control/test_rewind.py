@@ -471,6 +471,24 @@ def test_the_start_is_kept_for_2000_steps() -> None:
     assert alone.held == [2000]
 
 
+def test_the_first_copies_have_a_credit() -> None:
+    alone = Alone()
+    alone.action = RewindAction(alone.limits, alone.stats, alone.backoff, credit_seconds=1.0)
+    alone.action.inspect(alone.model, OptimizerSet(alone.optimizer), select(alone.model))
+    alone.stats.step_seconds = 1e-9
+
+    def interval(steps: range) -> float:
+        for step in steps:
+            alone.action.at_edge(alone.state, step, alone.agree)
+            alone.state = alone.action.tuned(alone.state)
+        return alone.action.parameters(alone.state).get("interval", 16)
+
+    assert interval(range(1, 200)) == 16
+    assert 0.0 < alone.action._credit_seconds < 1.0
+    alone.action._credit_seconds = 1e-12
+    assert interval(range(200, 209)) == 65536
+
+
 def test_copies_cost_a_thousandth_of_the_step_time_at_most() -> None:
     """The median duration of five copies decides. Copies of 6.4 seconds may come every 64 steps of 100 seconds."""
     alone = Alone()
