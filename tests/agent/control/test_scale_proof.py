@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from koopmon.agent.control import scale_proof
 from koopmon.agent.control.scale_proof import (
@@ -795,3 +796,22 @@ def test_a_replicated_gradient_of_a_sharded_parameter_is_not_used() -> None:
     assert _gradient(parameter).shape == (4, 2)
     parameter.grad = torch.ones(4, 2)
     assert torch.equal(_gradient(parameter), torch.ones(4, 2))
+
+
+def test_the_hooks_of_all_optimizers_are_not_called_for_a_copy() -> None:
+    class Nested(SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    optimizer, calls = Nested(SGD(parameters(), lr=0.1).param_groups[0]["params"], lr=0.1), []
+    handles = [
+        register(lambda *_: calls.append(1))
+        for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook)
+    ]
+    assert prove(optimizer) == ScaleProof()
+    assert calls == []
+    set_gradients(optimizer.param_groups[0]["params"], 0)
+    optimizer.step()
+    assert len(calls) == 4, "two steps, one inside the other"
+    for each in handles:
+        each.remove()
