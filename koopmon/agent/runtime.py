@@ -121,6 +121,7 @@ class AgentRuntime:
         self._pid = os.getpid()
         self._selection = selection
         self._num_models = 1
+        self._is_first = first
         self._beside: list[AgentRuntime] = []
         """Watch the other stacks of the model that train, each as a run of its own."""
         self.late_beside = ""
@@ -406,6 +407,14 @@ class AgentRuntime:
             "deepest or nearest to the loss; [model] stack names another one",
             level=logging.INFO,
         )
+
+    def on_no_chain(self, reason: str) -> None:
+        if self._is_first:
+            log_for_job(logger, f"no snapshots, training goes on: {reason}")
+            return
+        names = ", ".join(stack.name for stack in self._selection.candidates)
+        log_for_job(logger, f"no snapshots of {names}, which trains too, as run {self._roles.run}: {reason}")
+        self.stand_down(reason)
 
     def on_stacks_train(self, stacks: tuple[Stack, ...]) -> None:
         if (kept := self.taps.stack) is not None:

@@ -42,6 +42,9 @@ class TapEvents(Protocol):
         entered the chain: equal on ranks that hold the same tokens.
         """
 
+    def on_no_chain(self, reason: str) -> None:
+        """Handle the end of the search, which has found no chain."""
+
     def on_stacks_train(self, stacks: tuple[Stack, ...]) -> None:
         """Handle further stacks that have begun to train since the chain was verified."""
 

@@ -265,8 +265,7 @@ class ResidualTaps:
     def _give_up(self, reason: str) -> None:
         self.remove(reason)
         self._stats.taps_missing += 1
-        if self._find_again is not None:  # a further stack that is no chain was not announced
-            log_for_job(logger, f"no snapshots, training goes on: {reason}")
+        self._listener.on_no_chain(reason)
 
     @property
     def due(self) -> bool:
