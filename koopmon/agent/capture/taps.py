@@ -39,6 +39,7 @@ from koopmon.agent.stats import AgentStats
 from koopmon.api import Observable, Point, Stack
 from koopmon.errors import KoopmonError, PluginError
 from koopmon.logs import log_for_job
+from koopmon.no_gradients import without_gradients
 from koopmon.plugins import Selection, fall_back
 from koopmon.state_position import SUM, argument_tensors, block_input, block_output, is_state, with_block_output
 from koopmon.wire.messages import TrainingStep
@@ -55,6 +56,8 @@ MAX_CHANGES = 16
 """Changes of the blocks that are followed."""
 MAX_UNVERIFIED = 3
 """Consecutive changes without a verified chain between them, as of a model that makes new blocks in each step."""
+# A node in the graph of gradients that no backward pass needs would count as one before all later ones of its thread.
+_read_input, _read_output = without_gradients(block_input), without_gradients(block_output)
 
 
 class ResidualTaps:
@@ -621,7 +624,8 @@ class ResidualTaps:
 
     def _enter(self, stack: Stack, point: Point, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         again, kept = recomputing(), self.stack
-        state = block_input(self._adapter, kept or stack, point.entry, args, kwargs)
+        read = block_input if kept is None or self._injections else _read_input
+        state = read(self._adapter, kept or stack, point.entry, args, kwargs)
         if not again and not self._in_root and self._is_new_forward(point):
             gradients = torch.is_grad_enabled() or (state is not None and in_checkpoint())
             self._hook_always()  # the loop bypasses the root
@@ -663,7 +667,8 @@ class ResidualTaps:
         if phase is ForwardPhase.VERIFYING:
             self._search.verifier.observe_output(stack, point.layer, output)
         elif phase is not ForwardPhase.IDLE and kept is not None and self._keeps(stack):
-            state = block_output(self._adapter, kept, point.module, output)
+            read = block_output if self._injections else _read_output
+            state = read(self._adapter, kept, point.module, output)
             if state is None or not is_state(state):
                 return None
             if not again:
