@@ -17,6 +17,7 @@ import gc
 import logging
 import os
 import sys
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -140,11 +141,15 @@ class _Watch:
     def __init__(self) -> None:
         self._enabled = True
         self._busy = False
+        self._busy_thread = 0
+        """The thread that attached last."""
         self._attached: list[_Attached] = []
         """The models that train, in the order of their attachment."""
         self._waiting: weakref.WeakKeyDictionary[Optimizer, Callable[[Optimizer], None]] = weakref.WeakKeyDictionary()
         """Optimizers whose steps decide on an attachment, each with the function to call after its step."""
         self._follows_steps = False
+        self._roots: weakref.WeakKeyDictionary[Optimizer, nn.Module] = weakref.WeakKeyDictionary()
+        """Modules made for several models of one optimizer. Nothing else holds them."""
         self._free_runs: list[tuple[str, str]] = []
         """Names of runs of models that were let go, each behind the class of its models, "" for any class."""
         self._num_named: Counter[str] = Counter()
@@ -213,9 +218,13 @@ class _Watch:
             self._wait_for_steps(optimizer)
 
     def _guarded(self, action: Callable[[Optimizer], None], optimizer: Optimizer) -> None:
-        if not self._enabled or self._busy:
+        if not self._enabled:
             return
-        self._busy = True
+        if self._busy:
+            if self._busy_thread != threading.get_ident() and optimizer not in self._waiting:
+                self._wait_for_steps(optimizer)  # another thread attaches, which may wait for the monitor
+            return
+        self._busy, self._busy_thread = True, threading.get_ident()
         try:
             action(optimizer)
         except BaseException as error:
@@ -238,10 +247,14 @@ class _Watch:
                     if not present:
                         return
             self._wait_for_steps(optimizer)
-        elif owner.num_steps or _owns(model, parameters):
+        elif _owns(model, parameters):
             self._join(owner, model, optimizer)
-        else:
+        elif not owner.num_steps:
             self._regroup(root_module(optimizer), optimizer)
+        elif _goes_on_elsewhere(model, optimizer):
+            self._wait_for_steps(optimizer)
+        else:
+            self._join(owner, model, optimizer)
 
     def _follow(self, root: nn.Module, optimizer: Optimizer, *, replaces: bool = False) -> None:
         """Attach to `root`. If it `replaces`, the first model of its class that has trained is let go before."""
@@ -283,6 +296,8 @@ class _Watch:
 
         attach(model, optimizer)
         owner.optimizers.add(optimizer)
+        if any(model is each for each in self._roots.values()):
+            self._roots[optimizer] = model  # the optimizers before this one may not live as long
 
     def _run_of(self, job: str, kind: str) -> str:
         """Return the name of a run for a model of the class `kind`: equal on all ranks, whenever they free a model."""
@@ -353,7 +368,7 @@ class _Watch:
             begins = is_last or all(not each.is_on or each.num_steps for each in self._attached)
             if own is None and (num_steps == 1 or begins):
                 try:
-                    root = root_module(stepping, most=True)
+                    root = self._root_of(stepping)
                 except RootNotFoundError:  # it updates single parameters beside the model
                     self._waiting.pop(stepping, None)
                     if any(each.is_on for each in self._attached):
@@ -370,6 +385,19 @@ class _Watch:
         self._waiting[optimizer] = after_step
         self._follow_steps()
 
+    def _root_of(self, optimizer: Optimizer) -> nn.Module:
+        """Return the model of an optimizer that steps: one made for its models if there are several.
+
+        Raises RootNotFoundError when there is none.
+        """
+        with contextlib.suppress(RootNotFoundError):
+            return root_module(optimizer)
+        models = models_of(optimizer)
+        if len(models) > 1:
+            self._roots[optimizer] = join(models)
+            return self._roots[optimizer]
+        return models[0] if models else root_module(optimizer, most=True)
+
     def _wait_for_return(self, optimizer: Optimizer) -> None:
         """Attach to the model of `optimizer` again at its next step."""
 
@@ -381,7 +409,7 @@ class _Watch:
             if owner is not None and (model := owner.model()) is not None:
                 self._join(owner, model, stepping)
             else:
-                self._follow(root_module(stepping), stepping)
+                self._follow(self._root_of(stepping), stepping)
 
         self._waiting[optimizer] = after_step
         self._follow_steps()
@@ -431,7 +459,7 @@ def _kind(model: nn.Module) -> str:
 
 
 def _parameters(optimizer: Optimizer) -> frozenset[int]:
-    return frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    return frozenset(_in_order(optimizer))
 
 
 def root_module(optimizer: Optimizer, *, most: bool = False) -> nn.Module:
@@ -444,11 +472,8 @@ def root_module(optimizer: Optimizer, *, most: bool = False) -> nn.Module:
 
     Raises RootNotFoundError when there is none.
     """
-    from torch import nn
-
     parameters = _parameters(optimizer)
-    # isinstance() reads `__class__`, which makes a lazy proxy load its object. type() does not.
-    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module) and "_modules" in vars(thing)]
+    modules = _live_modules()
     owners = [module for module in modules if _owns(module, parameters)]
     if not owners and most:
         owners = _owners_of_most(modules, optimizer)
@@ -467,6 +492,58 @@ def root_module(optimizer: Optimizer, *, most: bool = False) -> nn.Module:
     )
 
 
+def models_of(optimizer: Optimizer) -> list[nn.Module]:
+    """Return the models that own parameters of an optimizer, in its order, if no module owns all: those with blocks.
+
+    An encoder and a decoder are examples. They may share some parameters. Two views of one model are left out.
+    """
+    from koopmon.block_finder import block_lists
+
+    order = {parameter: place for place, parameter in enumerate(_in_order(optimizer))}
+    modules = _live_modules()
+    owned = {id(module): order.keys() & _ids(module) for module in modules}
+    outermost = _outermost([module for module in modules if owned[id(module)]])
+    models = []
+    for module in outermost:
+        own = owned[id(module)].difference(*(owned[id(each)] for each in outermost if each is not module))
+        if 2 * len(own) > len(owned[id(module)]) and any(len(each.blocks) > 1 for each in block_lists(module)):
+            models.append(module)
+    return sorted(models, key=lambda module: min(order[each] for each in owned[id(module)]))
+
+
+def join(models: Sequence[nn.Module]) -> nn.Module:
+    """Return a module that holds `models` under the names of their classes. It is never called."""
+    from torch import nn
+
+    names: dict[str, nn.Module] = {}
+    for model in models:
+        name = _kind(model)
+        names[name if name not in names else f"{name}{len(names) + 1}"] = model
+    root: nn.Module = type("+".join(names), (nn.Module,), {})()
+    for name, model in names.items():
+        root.add_module(name, model)
+    return root
+
+
+def _live_modules() -> list[nn.Module]:
+    from torch import nn
+
+    # isinstance() reads `__class__`, which makes a lazy proxy load its object. type() does not.
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module) and "_modules" in vars(thing)]
+
+
+def _in_order(optimizer: Optimizer) -> list[int]:
+    return [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _ids(module: nn.Module) -> frozenset[int]:
+    try:
+        return frozenset(map(id, module.parameters()))
+    except BaseException as error:  # another part of the process may be building this module
+        raise_from_signal(error)
+        return frozenset()
+
+
 def _model_of(optimizer: Optimizer) -> str:
     """Return the class of the model that `optimizer` updates, with that of the optimizer."""
     try:
@@ -476,12 +553,16 @@ def _model_of(optimizer: Optimizer) -> str:
     return f"{model} under {type(optimizer).__name__}"
 
 
-def _owns(module: nn.Module, parameters: frozenset[int]) -> bool:
+def _goes_on_elsewhere(model: nn.Module, optimizer: Optimizer) -> bool:
+    """Return True if parts of `model`, which has trained, train on in a model that does not hold it."""
     try:
-        return parameters <= {id(parameter) for parameter in module.parameters()}
-    except BaseException as error:  # another part of the process may be building this module
-        raise_from_signal(error)
+        return not _contains(root_module(optimizer), model)
+    except RootNotFoundError:
         return False
+
+
+def _owns(module: nn.Module, parameters: frozenset[int]) -> bool:
+    return parameters <= _ids(module)
 
 
 def _owners_of_most(modules: Sequence[nn.Module], optimizer: Optimizer) -> list[nn.Module]:

@@ -24,6 +24,8 @@ from koopmon.agent.autoload import (
     MAX_MODELS,
     RootNotFoundError,
     _Watch,
+    join,
+    models_of,
     root_module,
     should_attach,
 )
@@ -584,6 +586,57 @@ def test_parameters_of_two_models_have_no_root() -> None:
     optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.1)
     with pytest.raises(RootNotFoundError, match="no one model owns all"):
         root_module(optimizer)
+
+
+def test_models_that_share_an_optimizer_get_one_root_in_its_order() -> None:
+    encoder, decoder, head = build(), build(), nn.Linear(2, 2)
+
+    def models(*modules: nn.Module) -> list[nn.Module]:
+        return models_of(AdamW([each for module in modules for each in module.parameters()]))
+
+    assert models(decoder, encoder) == [decoder, encoder]
+    assert models(encoder, head) == [encoder], "one without blocks is beside the model"
+    views = [Wrapper(encoder), Wrapper(encoder)]
+    assert models(encoder, decoder) == [decoder], "two views of a model are no models"
+    del views
+    root, name = join([decoder, encoder]), type(decoder).__name__
+    assert dict(root.named_children()) == {name: decoder, f"{name}2": encoder}
+    assert type(root).__name__ == f"{name}+{name}2"
+    assert root_module(AdamW([*decoder.parameters(), *encoder.parameters()])) is root
+
+
+@pytest.mark.process
+def test_an_optimizer_that_is_made_while_another_thread_attaches_is_attached_later(bench: Bench) -> None:
+    done = bench.run("""
+        import threading
+        import koopmon, torch
+        from torch import nn
+        first, second = (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)) for _ in range(2))
+        attach, begun, made = koopmon.attach, threading.Event(), threading.Event()
+
+        def slow(*args, **options):
+            koopmon.attach = attach
+            begun.set()
+            made.wait(20)
+            return attach(*args, **options)
+
+        koopmon.attach = slow
+
+        def train(model, optimizer):
+            for _ in range(20):
+                model(torch.ones(2, 3)).sum().backward()
+                optimizer.step()
+
+        thread = threading.Thread(target=lambda: train(first, torch.optim.AdamW(first.parameters())))
+        thread.start()
+        begun.wait(20)
+        optimizer = torch.optim.AdamW(second.parameters())
+        made.set()
+        thread.join()
+        train(second, optimizer)
+    """)
+    assert done.returncode == 0, done.stderr
+    assert [note["what"] for note in bench.notes()].count("attach") == 2
 
 
 @pytest.mark.parametrize("num_before", [0, 1])
