@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             times[watched].append(tuple(np.median(rows, axis=0)))
     agent = trainings[True].agent
     runtime = agent._runtime
-    in_graph, status = runtime.taps.in_graph, agent.status()
+    in_graph, status = runtime.taps.stacks.chain.in_graph, agent.status()
     agent.close()
     on, off = np.array(times[True]), np.array(times[False])
     return {

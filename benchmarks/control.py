@@ -23,7 +23,7 @@ from koopmon.risk.online_detector import OnlineRisk, RiskState, assess, observe
 from koopmon.spectral import SpectralProfile
 from koopmon.wire.messages import Ack, AckOutcome, Applied, KssSettings, Rewind, TrainingStep
 
-Control = Literal["", "auto", "lr", "kss", "kss+lr", "spike"]
+Control = Literal["", "auto", "lr", "kss", "kss+lr", "observe", "spike"]
 DELAY = 2
 SPIKE_RATIO, SPIKE_WINDOW, SPIKE_HOLD = 1.5, 20, 50
 
@@ -82,7 +82,7 @@ class Controller:
     """Control of one training. `lr_scale` and `kss` are the settings in force.
 
     `width` is 0 if the rate does not give the step length; `exponent` is the update exponent at the start. `copies` are
-    those of a training that can rewind.
+    those of a training that can rewind. With `refuses_rewinds` the policy asks for rewinds and gets none.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class Controller:
         risk: RiskConfig | None = None,
         policy: PolicyConfig | None = None,
         copies: Copies | None = None,
+        refuses_rewinds: bool = False,
     ) -> None:
         self._width, self._num_layers, self._exponent = width, num_layers, exponent
         self._config = risk or RiskConfig()
@@ -104,13 +105,15 @@ class Controller:
         self.min_lr_scale = 1.0
         self.risk = OnlineRisk(value=0.0, reason="")
         self._control = control
-        named = policy or (PolicyConfig(name=control) if control in ("auto", "lr", "kss", "kss+lr") else None)
-        self._policy = named
+        self._policy = policy
+        if policy is None and control in ("auto", "lr", "kss", "kss+lr", "observe"):
+            self._policy = PolicyConfig(name=control)
         self.first_action: int | None = None
         self.highest_risk = 0.0
         self._state, self._history = PolicyState(), RiskState()
         self._waiting: list[tuple[int, Action]] = []
         self._copies = copies
+        self._asks_for_rewinds = copies is not None or refuses_rewinds
         self._cap: Cap | None = None
         self._scheduled = 0.0
         self._rate = 0.0
@@ -166,7 +169,7 @@ class Controller:
             width=self._width or None,
             num_layers=self._num_layers,
             update_exponent=self._exponent,
-            rewinds=self._copies is not None,
+            rewinds=self._asks_for_rewinds,
             non_finite=profile is None,
         )
         self._history, self.risk = assess(self._history, seen, self._config)

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.fault_campaign.table import failures
 from benchmarks.markdown import paragraph, table
+from benchmarks.proving_ground.page import NAMES
 from koopmon.offline.calibration_examples import MAX_LOSS
 
 Document = Mapping[str, Any]
@@ -436,6 +437,43 @@ def history_size(told: Document) -> list[str]:
     ]
 
 
+def max_rate(told: Document) -> list[str]:
+    """Write the estimates of the probe beside the safe and the ruined rates, then the model without normalisation."""
+    rows = []
+    for model in told["models"]:
+        probes = model["probes"]
+        known = [each for each in probes if each["low"] is not None]
+        compared = [each for each in known if each["is_safe"] is not None]
+        rows.append(
+            [
+                f"{NAMES[model['family']]}, D {model['width']}",
+                f"{model['safe']:g}",
+                "-" if model["ruined"] is None else f"{model['ruined']:g}",
+                ", ".join(_estimate(each) for each in probes),
+                f"{sum(each['overlaps'] for each in known)} of {len(known)}" if known else "-",
+                f"{sum(each['is_safe'] for each in compared)} of {len(compared)}" if compared else "-",
+                "-" if not known else f"{max(each['num_steps'] for each in known)}",
+                f"{max(each['cpu_seconds'] for each in probes):.0f} s",
+            ]
+        )
+    columns = ["model", "highest safe rate", "next rate of the grid, ruined", "estimates by seed"]
+    columns += ["interval meets the range", "estimate below the ruined rate", "steps, at most", "CPU time, at most"]
+    bare = told["unnormalised"]
+    ruined = "no rate is ruined" if bare["ruined"] is None else f"{bare['ruined']:g} is ruined"
+    predicted = "no rate" if bare["calibrated"] is None else f"{bare['calibrated']:.2g}"
+    prose = [
+        f"No-Norm, D {bare['width']}, by the calibrator: {predicted} survives with probability 95%. In trainings",
+        f"{bare['safe']:g} is safe and {ruined}.",
+    ]
+    return [*table(columns, rows), "", *paragraph(prose)]
+
+
+def _estimate(probe: Document) -> str:
+    if probe["low"] is None:
+        return "none"
+    return f"above {probe['low']:.2g}" if probe["rate"] is None else f"{probe['rate']:.2g}"
+
+
 WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "unchanged_script": unchanged_script,
     "norm_table": norm_table,
@@ -458,4 +496,5 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "history_size": history_size,
     "alert_lead": alert_lead,
     "monitor_load": monitor_load,
+    "max_rate": max_rate,
 }

@@ -56,6 +56,16 @@ def make_model_and_batch():  # for `koopmon profile`
     return Model(), next(batches(batch=32))[:, :-1]
 
 
+def make_model_batch_and_loss():  # for `koopmon profile --max-lr`
+    chunks = batches()
+
+    def loss(model):  # of the next batch
+        chunk = next(chunks)
+        return F.cross_entropy(model(chunk[:, :-1]).flatten(0, 1), chunk[:, 1:].flatten())
+
+    return *make_model_and_batch(), loss
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--lr", type=float, default=0.003)

@@ -99,10 +99,11 @@ class CadenceConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Steps between snapshots in the warm-up. It is also the smallest number that the monitor can request."""
     calm_every: Steps = 10
     """Steps between snapshots after the warm-up, while the run is calm."""
-    budget_ratio: Annotated[float, Meta(gt=0.0, le=0.5)] = 0.003
-    """Largest long-run share of the step time for snapshots, in the training thread. Hooks and exchanges add to it."""
+    budget_ratio: Annotated[float, Meta(gt=0.0, le=0.5)] = 0.0015
+    """Largest long-run share of the step time for snapshots, those of the sending thread included. Hooks and exchanges
+    add to it."""
     initial_credit_seconds: Seconds = 5.0
-    """Time in the training thread that koopmon can spend on top of the budget, for the dense snapshots at the start."""
+    """Time for snapshots on top of the budget. One half is for the start, the other for what the monitor requests."""
     max_bytes_per_second: Annotated[float, Meta(ge=1.0, le=1e15)] = 50e6
     """Largest rate at which one rank sends snapshots."""
 

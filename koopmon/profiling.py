@@ -114,7 +114,7 @@ def _capture(
         kept.append(take_rows(state.detach(), rows.to(state.device)))
 
     discovery = verify(model, selection, batch, kwargs)
-    with probe(model) as call, _walking(selection.adapter, discovery.stack, take), _reading(selection) as readings:
+    with probe(model) as call, walking(selection.adapter, discovery.stack, take), _reading(selection) as readings:
         call(*batch, **kwargs)
     for place, state in enumerate(kept):
         if not torch.isfinite(state).all():
@@ -132,7 +132,7 @@ def _capture(
 
 
 @contextmanager
-def _walking(adapter: ArchitectureAdapter, stack: Stack, take: Callable[[Tensor], None]) -> Iterator[None]:
+def walking(adapter: ArchitectureAdapter, stack: Stack, take: Callable[[Tensor], None]) -> Iterator[None]:
     """Call take(state) with each state of the first traversal of `stack`, h_0 first, inside the context."""
     walk = Walk(stack)
 

@@ -57,6 +57,7 @@ ROOMS = {
         "errors api block_finder state_position chain_verifier walk plugins discovery token_sampling observables "
         "spectral"
     ),
+    "rate_probe": "errors api config discovery profiling risk spectral token_sampling wire",
     "agent": (
         "errors logs run_names config spectral wire api hookspecs block_finder planes state_position chain_verifier "
         "walk token_sampling observables plugins discovery process_state files no_gradients"

@@ -63,6 +63,7 @@ def test_the_wheel_holds_both_packages_and_their_data(wheel: zipfile.ZipFile) ->
         "koopmon/monitor/http/static/live.css",
         "koopmon/monitor/http/static/live.js",
         "koopmon/telemetry/alerts.yml",
+        "koopmon/risk/calibrator.json",
         "koopmon/agent/_autoload/sitecustomize.py",
         "koopmon_adapters/__init__.py",
         "koopmon_adapters/kan.py",

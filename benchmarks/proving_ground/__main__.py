@@ -7,6 +7,7 @@ Small models train on real text with warm-up, cosine, and gradient clipping at 1
   QK-norm, which is another model; and koopmon's detector and policy with their defaults.
 - rules: other remedies at three rates that are too high: ZClip, AdaGC, StableAdamW, the rate halved at a loss spike.
 - faults: faults at the best rate, with clipping alone and with koopmon.
+- projection: KSS by projection under koopmon's alarm, with and without its cap on the rate, and the policy `lr`.
 
 The detector's thresholds were chosen on seeds 0, 1 and 2 of the two decoders. Detector and policy run inside the
 training's process. Their decisions take effect two steps after the snapshot, as over the wire. A call replaces the
@@ -54,6 +55,8 @@ SEEDS = (10, 11, 12)
 ARMS: tuple[Arm, ...] = ("clip", "qk_norm", "guarded")
 RULES: tuple[Arm, ...] = ("zclip", "adagc", "stable_adamw", "spike", "backoff")
 RULE_RATES = (1e-2, 3e-2, 1e-1)
+PROJECTED: tuple[Arm, ...] = ("backoff", "projection", "capped_projection")
+PROJECTED_RATES = (3e-3, 1e-2, 3e-2)
 FAULT_RATE = 3e-3
 HIGHER: Mapping[Failure, tuple[float, ...]] = {"no_warmup": (1e-2, 3e-2)}
 """Further rates of a fault."""
@@ -65,7 +68,7 @@ BASES: Mapping[Family, Mapping[str, Any]] = {
     "kan": {"steps": 400, "batch": 8},
 }
 """Shorter trainings for the families whose steps take longer."""
-Part = Literal["rates", "rules", "faults"]
+Part = Literal["rates", "rules", "faults", "projection"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -104,7 +107,7 @@ class Plan:
     models: Sequence[Model]
     seeds: Sequence[int]
     parts: Sequence[Part] = PARTS
-    arms: Sequence[Arm] = (*ARMS, *RULES)
+    arms: Sequence[Arm] = (*ARMS, *RULES, *PROJECTED[1:])
     failures: Sequence[Failure] = FAILURES
     rates: Sequence[float] = field(default=RATES)
 
@@ -123,6 +126,9 @@ class Plan:
             rates = [lr for lr in (RATES if model.is_common else FEWER_RATES) if lr in self.rates]
             mine = [arm for arm in ARMS if arm in arms and (arm != "qk_norm" or model.is_common)]
             yield from (case(lr, arm) for arm in mine for lr in rates)
+        if "projection" in self.parts and model.is_common:
+            mine = [arm for arm in PROJECTED if arm in arms]
+            yield from (case(lr, arm) for arm in mine for lr in PROJECTED_RATES if lr in self.rates)
         if not model.is_common or (model.width, model.num_layers) != SMALL:
             return
         if "rules" in self.parts:
@@ -154,6 +160,8 @@ def analyse(runs: Sequence[Run], plan: Plan) -> list[dict[str, Any]]:
         told: dict[str, Any] = asdict(model)
         if "rates" in plan.parts:
             told |= rates_part(of(mine, failure=""))
+        if "projection" in plan.parts and model.is_common:
+            told["projection"] = projection_part(mine)
         if mine and model.is_common and (model.width, model.num_layers) == SMALL:
             if "rules" in plan.parts:
                 told["rules"] = rules_part(of(mine, failure=""))
@@ -188,6 +196,22 @@ def rules_part(runs: Sequence[Run]) -> dict[str, Any]:
     }
     best = [round(final_loss(run), 4) for run in of(runs, arm="clip", lr=FAULT_RATE)]
     return {"best": best, "losses": losses}
+
+
+def projection_part(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return the final losses by arm and rate, and the number of steps under ceilings."""
+    arms = [arm for arm in PROJECTED if of(runs, arm=arm)]
+    rates = {arm: [lr for lr in PROJECTED_RATES if of(runs, arm=arm, lr=lr)] for arm in arms}
+    losses = {
+        arm: {f"{lr:g}": [round(final_loss(run), 4) for run in of(runs, arm=arm, lr=lr)] for lr in rates[arm]}
+        for arm in arms
+    }
+    held = {
+        arm: {f"{lr:g}": [run.scalars["held_steps"] for run in of(runs, arm=arm, lr=lr)] for lr in rates[arm]}
+        for arm in arms
+        if arm != "backoff"
+    }
+    return {"losses": losses, "held_steps": held}
 
 
 def faults_part(runs: Sequence[Run], failures: Sequence[Failure]) -> dict[str, Any]:
@@ -251,13 +275,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     campaign.options(parser, RESULT)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="held out from the detector's choice")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    every = (*ARMS, *RULES)
+    every = (*ARMS, *RULES, *PROJECTED[1:])
     parser.add_argument("--arms", nargs="+", choices=every, default=every, help="beside clip, which is always trained")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES], help="large: the first two families")
     parser.add_argument("--optimizers", nargs="+", choices=("adamw", "muon"), default=("adamw", "muon"))
     parser.add_argument("--decays", type=float, nargs="+", choices=(0.0, 0.1), default=(0.0, 0.1), help="weight decay")
-    parser.add_argument("--rates", type=float, nargs="+", choices=RATES, default=RATES, help="of the part `rates`")
+    parser.add_argument("--rates", type=float, nargs="+", choices=RATES, default=RATES, help="of `rates`, `projection`")
     parser.add_argument("--failures", nargs="+", choices=FAILURES, default=FAILURES, help="of the part `faults`")
     options = parser.parse_args(arguments)
     console = campaign.console()
@@ -293,6 +317,8 @@ def signed(model: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]
         found |= about
     if "rules" in model:
         found["rules"] = {**model["rules"], **about}
+    if "projection" in model:
+        found["projection"] = {**model["projection"], **about}
     brief = {"seeds": about["seeds"], "commit": about["provenance"]["commit"]}
     found["faults"] = {name: {**told, **brief} for name, told in model.get("faults", {}).items()}
     return found

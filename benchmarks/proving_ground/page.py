@@ -27,6 +27,8 @@ ARMS = {
     "spike": "clipping, rate halved at a loss spike",
     "backoff": "clipping and koopmon, policy `lr`",
     "guarded": "clipping and koopmon",
+    "projection": "clipping and projection",
+    "capped_projection": "clipping, projection and koopmon's cap",
 }
 FAULTS = {
     "no_warmup": "no warm-up",
@@ -44,6 +46,8 @@ FAULTS = {
     "head_rate": "output layer at 30 times the rate",
     "bf16": "attention in bfloat16",
 }
+NEAR = 0.02
+"""Nats above the best loss up to which a rate is usable."""
 COMMON_LENGTH = (500, 16)
 """Steps, and sequences of a batch, of most models."""
 
@@ -52,7 +56,7 @@ def proving_ground(told: Document) -> list[str]:
     """Write the tables of each model, and the failures of all models by their kind."""
     lines: list[str] = []
     for model in told["models"]:
-        for written in (_rates(model), _faults(model), _rules(model)):
+        for written in (_rates(model), _faults(model), _rules(model), _projection(model)):
             lines += [*written, ""] if written else []
     return [*lines, *_kinds(told["models"])]
 
@@ -128,6 +132,32 @@ def _rules(model: Document) -> list[str]:
     ]
     best = f"Clipping alone ends at {_mean(told['best'])} at the best rate ({_count(len(told['best']), 'seed')})."
     return [*table([f"{NAMES[model['family']]}, remedy", *rates], rows), "", *paragraph([best])]
+
+
+def _projection(model: Document) -> list[str]:
+    """Write the losses under projection beside those of the same seeds alone and guarded."""
+    if "projection" not in model:
+        return []
+    told = model["projection"]
+    rates = list(dict.fromkeys(rate for losses in told["losses"].values() for rate in losses))
+    alone = model["arms"]["clip"]["losses"]
+    best = statistics.fmean(alone[f"{model['best_rate']:g}"][: len(told["seeds"])])
+    rows = []
+    for arm in ("clip", "backoff", "guarded", "projection", "capped_projection"):
+        losses = told["losses"].get(arm) or {rate: _first(model, arm, rate, told["seeds"]) for rate in rates}
+        cells = [_mean(losses.get(rate)) for rate in rates]
+        near = [
+            loss <= best + NEAR for rate in rates for loss in losses.get(rate) or () if float(rate) > model["best_rate"]
+        ]
+        rows.append([ARMS[arm], *cells, f"{sum(near)} of {len(near)}"])
+    heading = f"{title(model)}, {_count(len(told['seeds']), 'seed')}"
+    return table([heading, *rates, f"within {NEAR:g} of the best, above the best rate"], rows)
+
+
+def _first(model: Document, arm: str, rate: str, seeds: Sequence[int]) -> Sequence[float]:
+    """Return the losses of these seeds among those of the part `rates`."""
+    found = model["arms"][arm]["losses"].get(rate) or ()
+    return [loss for seed, loss in zip(model["seeds"], found, strict=False) if seed in seeds]
 
 
 def _kinds(models: Sequence[Document]) -> list[str]:

@@ -22,20 +22,33 @@ from benchmarks.proving_ground.clipping import gradient_rule
 from benchmarks.proving_ground.models import VOCABULARY, Family, attentions, build
 from benchmarks.proving_ground.optimizers import OptimizerName, set_rate
 from benchmarks.proving_ground.optimizers import build as build_optimizers
+from benchmarks.proving_ground.projection import Projection, Tau
 from koopmon.agent.capture.log_partition import log_partition
 from koopmon.agent.capture.update_rms import UpdateRms
 from koopmon.agent.control.optimizer_set import OptimizerSet
-from koopmon.config import CadenceConfig, RiskConfig, merged
+from koopmon.config import CadenceConfig, PolicyConfig, RiskConfig, merged
 from koopmon.plugins import adapters
 from koopmon.spectral import SpectralProfile, profile_states
 
-Arm = Literal["clip", "qk_norm", "zclip", "adagc", "stable_adamw", "spike", "backoff", "guarded"]
+Arm = Literal[
+    "clip",
+    "qk_norm",
+    "zclip",
+    "adagc",
+    "stable_adamw",
+    "spike",
+    "backoff",
+    "guarded",
+    "projection",
+    "capped_projection",
+]
 """Arms of the comparison.
 
 clip: gradient clipping at 1.0 only. qk_norm: the same with normalised queries and keys, which is another model. zclip,
 adagc: other gradient clippings beside it. stable_adamw: update clipping beside it. spike: the rate is halved when the
 loss jumps. guarded: koopmon's detector and policy with their defaults. backoff: the same with the policy `lr`, which
-only lowers the rate.
+only lowers the rate. projection: KSS by projection under koopmon's alarm (`benchmarks.proving_ground.projection`), at
+the scheduled rate. capped_projection: the same with koopmon's cap on the rate, without rewinds.
 """
 Failure = Literal[
     "",
@@ -75,7 +88,16 @@ FINETUNE_WARMUP = 10
 ADAPTERS: Mapping[Family, str] = {"moe": "moe", "mamba": "mamba", "kan": "kan"}
 """Adapter of a family, if it is another one than that of transformers."""
 
-CONTROLS: Mapping[Arm, Control] = {"guarded": "auto", "backoff": "lr", "spike": "spike"}
+CONTROLS: Mapping[Arm, Control] = {
+    "guarded": "auto",
+    "backoff": "lr",
+    "spike": "spike",
+    "projection": "observe",
+    "capped_projection": "auto",
+}
+PROJECTIONS: tuple[Arm, ...] = ("projection", "capped_projection")
+POLICIES: Mapping[Arm, PolicyConfig] = {"capped_projection": PolicyConfig(rewind_warmup_steps=0)}
+"""Policy of an arm with other settings than the defaults: a cap without a rewind starts no new warm-up."""
 CLIP = 1.0
 LOWEST_RATE = 0.1
 """Share of the peak rate at the end of the cosine."""
@@ -91,7 +113,8 @@ LAST = 20
 class Recipe:
     """`lr` is the peak rate; `warmup` linear steps, then a cosine to a tenth. Every arm clips at 1.0.
 
-    With `signals`, a run without a guard takes the snapshots of a guarded one too.
+    With `signals`, a run without a guard takes the snapshots of a guarded one too. `tau` is the ratio of
+    `benchmarks.proving_ground.projection.Tau`.
     """
 
     family: Family
@@ -108,12 +131,14 @@ class Recipe:
     optimizer: OptimizerName = "adamw"
     weight_decay: float = 0.0
     signals: bool = False
+    tau: float = Tau().ratio
 
     @property
     def name(self) -> str:
         more = f"-{self.failure}" if self.failure else ""
         more += f"-{self.optimizer}" if self.optimizer != "adamw" else ""
         more += f"-wd{self.weight_decay:g}" if self.weight_decay else ""
+        more += f"-tau{self.tau:g}" if self.tau != Tau().ratio else ""
         return f"{self.family}-d{self.width}-l{self.num_layers}-lr{self.lr:g}-s{self.seed}-{self.arm}{more}"
 
     def scheduled_rate(self, step: int) -> float:
@@ -163,6 +188,8 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
     rule = gradient_rule(recipe.arm, CLIP)
     takes_snapshots = recipe.signals or CONTROLS.get(recipe.arm, "spike") != "spike"
     recorder = Recorder(model)
+    blocks = list(model.get_submodule("blocks").children())
+    projection = Projection(blocks, Tau(recipe.tau)) if recipe.arm in PROJECTIONS else None
     generator = torch.Generator().manual_seed(100 + recipe.seed)
     first_loss = validation_loss(model, recipe)
     losses: list[float] = []
@@ -197,6 +224,8 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
         profile = recorder.stop(step) if due else None
         if due or recipe.arm == "spike":
             controller.see(own_step, profile, losses[-1], scheduled)
+        if due and projection is not None:
+            projection.see(step, profile, controller.risk.value, PolicyConfig())
         rule(parameters, norm)
         rates.append(scheduled * controller.lr_scale)
         set_rate(launch.optimizers, rates[-1] / apart, apart)
@@ -204,6 +233,8 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
             recorder.note_update(launch.optimizers)
         for optimizer in launch.optimizers:
             optimizer.step()
+        if projection is not None:
+            projection.hold(step)
     scalars = {
         "diverged_at": diverged_at,
         "first_loss": first_loss,
@@ -214,6 +245,8 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
         "first_action": next((at for launch in launches if (at := launch.first_action) is not None), None),
         "min_lr_scale": min(launch.controller.min_lr_scale for launch in launches),
         "highest_risk": max(launch.controller.highest_risk for launch in launches),
+        "held_steps": 0 if projection is None else projection.num_held,
+        "first_alarm": None if projection is None else projection.first_step,
         "seconds_per_step": (time.perf_counter() - began) / len(losses),
     }
     series = {"loss": np.array(losses), "grad_norm": np.array(norms), "rate": np.array(rates), **recorder.series()}
@@ -240,7 +273,9 @@ class Launch:
             num_layers=recipe.num_layers,
             exponent=0.0,
             risk=risk_config(recipe.family),
-            copies=Copies(model, self.optimizers) if control == "auto" else None,
+            policy=POLICIES.get(recipe.arm),
+            copies=Copies(model, self.optimizers) if recipe.arm == "guarded" else None,
+            refuses_rewinds=recipe.arm == "capped_projection",
         )
 
     @property

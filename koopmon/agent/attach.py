@@ -80,7 +80,7 @@ def attach(
     if runtime is not None:
         logger.info("koopmon: this training is attached already")
         for each in optimizers:
-            runtime.add_optimizer(each)
+            runtime.steps.add_optimizer(each)
         for key in runtime.optimizers:
             _runtimes[key] = weakref.ref(runtime)
         return Agent(runtime, joined=True)

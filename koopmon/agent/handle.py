@@ -39,7 +39,7 @@ class Agent:
 
         A loop that reads it after each step and then leaves ends the training in good order.
         """
-        return self._runtime is not None and self._runtime.granted("stop")
+        return self._runtime is not None and self._runtime.steps.granted("stop")
 
     @property
     def should_checkpoint(self) -> bool:
@@ -47,7 +47,7 @@ class Agent:
 
         A loop that reads it once per step, after the update, sees each request once.
         """
-        return self._runtime is not None and self._runtime.granted("checkpoint")
+        return self._runtime is not None and self._runtime.steps.granted("checkpoint")
 
     def log(
         self,
@@ -81,16 +81,16 @@ class Agent:
         reason = self._why_disabled()
         if runtime is None:
             return {"enabled": False, "reason": reason}
-        stats, state, taps = runtime.stats, runtime.lifecycle.state, runtime.taps
+        stats, state, chain = runtime.stats, runtime.lifecycle.state, runtime.taps.stacks.chain
         return {
             "enabled": not reason,
             "reason": reason,
             "endpoint": runtime.endpoint,
             **state.facts(),
             "adapter": runtime.adapter.name,
-            "stack": taps.stack and taps.stack.name,
-            "num_layers": taps.stack.num_layers if taps.stack else 0,
-            "width": taps.width,
+            "stack": chain and chain.stack.name,
+            "num_layers": chain.stack.num_layers if chain else 0,
+            "width": chain.width if chain else 0,
             "acts": state.acts,
             "control_ready": state.ready,
             "applied": msgspec.to_builtins(runtime.lifecycle.applied()),

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from koopmon.agent.capture.taps import ResidualTaps
+from koopmon.agent.capture.training_forwards import TrainingForwards
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.step_clock import StepClock
 from koopmon.agent.lifecycle import LifeCycle, RankedState
@@ -26,14 +26,19 @@ class QuietSteps:
     """The quiet steps of a training with one optimizer. `on` is True until the last of them has ended."""
 
     def __init__(
-        self, clock: StepClock, stats: AgentStats, optimizers: OptimizerSet, taps: ResidualTaps, lifecycle: LifeCycle
+        self,
+        clock: StepClock,
+        stats: AgentStats,
+        optimizers: OptimizerSet,
+        forwards: TrainingForwards,
+        lifecycle: LifeCycle,
     ) -> None:
         self.on = False
         self._clock = clock
         self._stats = stats
         self._optimizers = optimizers
         self._rate = stats.measured["learning_rate"]
-        self._taps = taps
+        self._forwards = forwards
         self._lifecycle = lifecycle
         self._requests: Sized = lifecycle.requests
         self._state = lifecycle.state
@@ -52,12 +57,12 @@ class QuietSteps:
             self._last_step, self._last_rate = next_step - 1, None
             self._calls = self._clock.calls_of(optimizer)
             self.on = True
-            self._taps.rest(has_ranks=isinstance(self._state, RankedState) and self._state.rank.world.size > 1)
+            self._forwards.rest(has_ranks=isinstance(self._state, RankedState) and self._state.rank.world.size > 1)
 
     def end(self) -> None:
         """End the quiet steps. The hooks see the forwards again."""
         self.on = False
-        self._taps.listen()
+        self._forwards.listen()
 
     def last(self, args: Any, kwargs: Any) -> bool:
         """Return True if the call `optimizer.step(*args[1:], **kwargs)` needs no work before it."""
@@ -92,6 +97,6 @@ class QuietSteps:
         stats.on_step_edge(started)
         if stats.step >= self._last_step:
             self.on = False
-        self._taps.forget_forwards()
+        self._forwards.start_step()
         self._counted = id(optimizer)
         stats.hook_seconds += time.perf_counter() - started

@@ -36,6 +36,7 @@ from koopmon.agent.parallelism import (
 from koopmon.agent.rank_identity import RankContext, RunRendezvous, store_prefix
 from koopmon.agent.run_claims import claim
 from koopmon.agent.stats import AgentStats
+from koopmon.api import Stack
 from koopmon.config import Config
 from koopmon.logs import log_for_job
 from koopmon.wire.auth_policy import AuthPolicy
@@ -96,6 +97,24 @@ class Roles:
         """Change fields of this rank's description, and send it to the monitor."""
         if (io_thread := self.io_thread) is not None:
             io_thread.describe(**changes)
+
+    def tell_attached(self, stack: Stack, width: int) -> None:
+        """Print once what is watched: `stack`, with D = `width`."""
+        state, io_thread, model = self._lifecycle.state, self.io_thread, self._model()
+        identity = None if io_thread is None else io_thread.identity
+        if not isinstance(state, RankedState) or identity is None or model is None:
+            return
+        self._notices.attached(
+            identity.run,
+            model,
+            self._optimizers,
+            stack=stack.name,
+            num_layers=len(stack.points),
+            width=width,
+            num_ranks=state.rank.world.size,
+            acts=state.acts,
+            reason=self.reason,
+        )
 
     def end_actions(self) -> None:
         """Free the memory of the actions. No command is applied any more."""

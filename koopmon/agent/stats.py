@@ -141,6 +141,8 @@ class AgentStats:
         """Time spent in the optimizer's hooks."""
         self.capture_seconds = 0.0
         """Time spent copying snapshots."""
+        self.sending_seconds = 0.0
+        """CPU time spent sending snapshots. Only the sender's thread writes it."""
         self.action_seconds = 0.0
         """Time that actions spent in forwards."""
         self.taps_missing = 0
@@ -165,6 +167,11 @@ class AgentStats:
     def busy_seconds(self) -> float:
         """Seconds that koopmon has used in the training thread."""
         return self.hook_seconds + self.capture_seconds + self.action_seconds
+
+    @property
+    def snapshot_seconds(self) -> float:
+        """Seconds that snapshots have used, in the training thread and in the sender's."""
+        return self.capture_seconds + self.sending_seconds
 
     def log(self, name: str, value: float | Tensor) -> None:
         """Store a value from the user's loop. From now on it replaces koopmon's own measurement, if there is one.

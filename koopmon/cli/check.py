@@ -133,7 +133,7 @@ def _named_model(name: str) -> ExampleModel:
 
     factory = factories.named(name)
     factories.call(name, factory)
-    return ExampleModel(name, "", lambda seed: factory())
+    return ExampleModel(name, "", lambda seed: factory()[:2])
 
 
 def _no_model(manager: PluginManager) -> str:

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -32,14 +32,19 @@ def load(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
 
     A batch is a tensor, a tuple or list of arguments, or a mapping of keyword arguments. Raises FactoryError.
     """
+    return load_with_loss(name)[:3]
+
+
+def load_with_loss(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Callable[[nn.Module], Any] | None]:
+    """Call the factory `name` as `load`, and return its loss too: the third object that it returns, else None."""
     words, sys.argv = sys.argv, [name.rpartition(":")[0]]  # a script may parse its command line
     try:
-        model, batch = call(name, named(name))
+        model, batch, loss = call(name, named(name))
     finally:
         sys.argv = words
     if isinstance(batch, Mapping):
-        return model, (), dict(batch)
-    return model, tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {}
+        return model, (), dict(batch), loss
+    return model, tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {}, loss
 
 
 def named(name: str, what: str = "factory") -> Any:
@@ -57,20 +62,25 @@ def named(name: str, what: str = "factory") -> Any:
     return made
 
 
-def call(name: str, factory: Any) -> tuple[nn.Module, Any]:
-    """Call the factory `name` and return its model and batch. Raises FactoryError."""
+def call(name: str, factory: Any) -> tuple[nn.Module, Any, Callable[[nn.Module], Any] | None]:
+    """Call the factory `name` and return its model, its batch, and its loss if it has one. Raises FactoryError."""
     from torch import nn
 
     if not callable(factory):
         raise FactoryError(f"factory {name!r}: expected a function, it is a {type(factory).__name__}")
     with foreign_code(lambda why: FactoryError(f"factory {name!r} {why}")):
         result = factory()
-    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], nn.Module):
+    if not isinstance(result, tuple) or len(result) not in (2, 3) or not isinstance(result[0], nn.Module):
         what = type(result).__name__
         if isinstance(result, tuple):
             what = f"({', '.join(type(item).__name__ for item in result)})"
         raise FactoryError(f"factory {name!r}: expected (model, batch), a torch.nn.Module first; it returned {what}")
-    return result
+    loss = result[2] if len(result) == 3 else None
+    if loss is not None and not callable(loss):
+        raise FactoryError(
+            f"factory {name!r}: expected (model, batch, loss) with a function; it is a {type(loss).__name__}"
+        )
+    return result[0], result[1], loss
 
 
 def _module(name: str) -> ModuleType:

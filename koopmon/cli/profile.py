@@ -45,7 +45,11 @@ _LEGEND = (
 
 def profile(
     factory: Annotated[
-        str, typer.Argument(metavar="FACTORY", help="module:function or file.py:function that returns (model, batch).")
+        str,
+        typer.Argument(
+            metavar="FACTORY",
+            help="module:function or file.py:function that returns (model, batch) or (model, batch, loss).",
+        ),
     ],
     adapter: Annotated[str | None, option("NAME", "Architecture adapter. Default: the one that fits best.")] = None,
     stack: Annotated[str | None, option("PATH", "List of residual blocks in the model. Default: found.")] = None,
@@ -56,35 +60,52 @@ def profile(
     seed: Annotated[int, option("N", "Seed of the choice of tokens.", min=0)] = 0,
     as_json: AsJson = False,
     png: Annotated[Path | None, option("FILE", "Draw the eigenvalues on the unit circle, coloured by depth.")] = None,
-    calibrator: Annotated[Path | None, option("FILE", "Calibrator, as `koopmon calibrate` writes it.")] = None,
+    calibrator: Annotated[
+        Path | None, option("FILE", "Calibrator, as `koopmon calibrate` writes it. Default: koopmon's own.")
+    ] = None,
     learning_rate: Annotated[
         float | None, option("RATE", "Predict the probability of divergence.", "--lr", min=1e-12)
     ] = None,
-    max_lr: Annotated[bool, typer.Option("--max-lr", help="Predict the highest learning rate that is safe.")] = False,
+    max_lr: Annotated[
+        bool, typer.Option("--max-lr", help="Predict the highest peak learning rate that is safe.")
+    ] = False,
 ) -> int:
     """Profile a model's residual stream from one forward pass: its spectrum, layer by layer, and its initial risk.
 
     The score is the mean near-unit mass over layers: below 0.3 low, above 0.5 high. It separates architectures and does
     not depend on the learning rate.
+
+    With --max-lr a copy of a normalised model trains for some tens of steps. loss(model) draws the next batch of the
+    training data and returns the loss of the model it is given. Without a loss, the rate follows from the width alone.
     """
     if png is not None:
         plots.require(f"--png {png}")
-    if (learning_rate is not None or max_lr) != (calibrator is not None):
-        raise ConfigError("--calibrator FILE needs --lr RATE or --max-lr, and these need it")
+    if calibrator is not None and learning_rate is None and not max_lr:
+        raise ConfigError("--calibrator FILE needs --lr RATE or --max-lr")
     with Console(stderr=True).status("loading torch") as status:
         from koopmon.profiling import capture_states
+        from koopmon.rate_probe import peak_rate
+        from koopmon.risk.calibration import SHIPPED
         from koopmon.risk.initial_score import initial_risk
+        from koopmon.risk.normalization import normalization_from_exponent
         from koopmon.spectral import profile_states
 
         status.update("making the model")
-        model, args, kwargs = factories.load(factory)
+        model, args, kwargs, loss = factories.load_with_loss(factory)
         status.update("profiling")
         chosen: dict[str, Any] = {"adapter": adapter, "stack": stack, "num_samples": num_samples, "seed": seed}
         with foreign_code(lambda why: KoopmonError(f"{factory}: the forward pass {why}")):
             captured = capture_states(model, *args, **chosen, **kwargs)
             spectrum = profile_states(captured.states, svd_rank=svd_rank, seed=seed, paired=captured.paired)
         risk = initial_risk(spectrum, known_exponent=captured.known_exponent)
-        forecast = None if calibrator is None else _forecast(calibrator, captured, spectrum, risk, learning_rate)
+        peak = None
+        if max_lr and risk.update_exponent is not None and normalization_from_exponent(risk.update_exponent) >= 0.5:
+            status.update("warming up copies of the model")
+            with foreign_code(lambda why: KoopmonError(f"{factory}: a copy of the model {why} in a warm-up")):
+                peak = peak_rate(model, loss, captured, risk.update_exponent, args, kwargs)
+        forecast = None
+        if calibrator is not None or learning_rate is not None or (max_lr and peak is None):
+            forecast = _forecast(calibrator or SHIPPED, captured, spectrum, risk, learning_rate)
         name = type(model).__name__
         verdict = f"not informative: {risk.reason}" if risk.score is None else f"{risk.level} ({risk.reason})"
         if png is not None:
@@ -102,12 +123,14 @@ def profile(
             "profile": spectrum.to_dict(),
             "observables": captured.observables,
         }
-        print_json(result if forecast is None else {**result, "forecast": forecast})
+        found = {"forecast": forecast, "peak_rate": peak}
+        print_json(result | {name: value for name, value in found.items() if value is not None})
         return 0
     out = results()
     out.print(_table(name, captured, spectrum))
     lines = [f"{name}: {text}" for name, text in captured.measures.items()]
     lines += [f"initial risk: {verdict}", *([] if forecast is None else forecast.lines())]
+    lines += [] if peak is None else [peak.line()]
     out.print(*lines, sep="\n", soft_wrap=True)
     return 0
 

@@ -35,7 +35,7 @@ def observables(bench: Bench) -> str:
     with Attached(training) as attached:
         training.run(2)
         attached.check()
-        demand(not attached.runtime.taps.readers.reason, attached.runtime.taps.readers.reason)
+        demand(not attached.runtime.taps.stacks.readers.reason, attached.runtime.taps.stacks.readers.reason)
         (snapshot,) = attached.notebook.snapshots
     for (name, layer), value in snapshot.observed.items():
         demand(math.isfinite(value), f"observable {name!r} of transition {layer} reads {value}")

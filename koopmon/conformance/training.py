@@ -232,7 +232,7 @@ class Attached:
         breaker, taps = self.runtime.breaker, self.runtime.taps
         demand(not breaker.reason, f"the agent switches itself off: {breaker.reason}")
         demand(not taps.failure, f"the agent gives up: {taps.failure}")
-        demand(taps.stack is not None, "the agent verifies no chain in a training forward")
+        demand(taps.stacks.chain is not None, "the agent verifies no chain in a training forward")
         refused = [each.detail or each.outcome for each in self.notebook.outcomes if each.outcome != "applied"]
         demand(not refused, f"a command is not applied: {'; '.join(refused)}")
 

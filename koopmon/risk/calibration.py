@@ -42,6 +42,8 @@ MIN_RUNS = 20
 """Smallest number of runs of a fit. Chosen by hand."""
 NUM_BINS = 10
 """Number of bins of equal width of the reliability diagram. Chosen by hand."""
+SHIPPED = Path(__file__).with_name("calibrator.json")
+"""Calibrator of koopmon, for transformers: the result of `benchmarks.norms`."""
 LEARNING_RATES = (1e-7, 1.0)
 """Bounds of the result of `max_learning_rate`. Chosen by hand."""
 

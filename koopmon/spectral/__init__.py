@@ -8,7 +8,7 @@ from koopmon.spectral.kss import CONDITION_GUARD, KssGradient, kss_basis, kss_gr
 from koopmon.spectral.nonnormality import kreiss_constant
 from koopmon.spectral.profile import MIN_UPDATE_RATIO, profile_in_batches, profile_states, profile_transition
 from koopmon.spectral.profiles import FIELDS, LayerProfile, SpectralProfile, Thirds
-from koopmon.spectral.update_exponent import LARGEST_EXPONENT, stack_exponent, update_exponent
+from koopmon.spectral.update_exponent import LARGEST_EXPONENT, has_equal_lengths, stack_exponent, update_exponent
 from koopmon.spectral.whitening import NonFiniteError
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "NonFiniteError",
     "SpectralProfile",
     "Thirds",
+    "has_equal_lengths",
     "kreiss_constant",
     "kss_basis",
     "kss_gradient",

@@ -49,6 +49,21 @@ def update_exponent(x: Tensor, y: Tensor) -> Tensor:
     return bounded
 
 
+@torch.no_grad()
+def has_equal_lengths(states: Sequence[Tensor]) -> bool:
+    """Return True if all samples of each state have one length, as behind a normalisation of the stream itself.
+
+    Args:
+        states: tensors (N, D), at least one.
+    """
+    tiny = torch.finfo(torch.float64).tiny
+    for state in states:
+        lengths = torch.linalg.vector_norm(state.double(), dim=-1).clamp_min(tiny).log()
+        if not bool(lengths.var(correction=0) <= LENGTH_SHARE / (2 * state.shape[-1])):
+            return False
+    return True
+
+
 def stack_exponent(exponents: Sequence[float]) -> float:
     """Compute one exponent for a stack: the lower of the first layer's exponent and the median over layers.
 

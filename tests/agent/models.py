@@ -110,3 +110,9 @@ def paced(agent: Any, monitor: Any) -> Callable[[], None]:
 
     runtime.on_snapshot_ready = count
     return lambda: monitor.wait(lambda: len(monitor.shards) >= len(taken))
+
+
+def pretend_compiled(monkeypatch: Any, answer: bool) -> None:
+    """Let the agent see that this process has called torch.compile, or that it has not."""
+    for module in ("missed_snapshots", "taps", "training_forwards"):
+        monkeypatch.setattr(f"koopmon.agent.capture.{module}.compiles", lambda: answer)

@@ -227,6 +227,22 @@ def test_the_cadence_follows_what_the_monitor_can_judge(
     assert caplog.text.count("cannot judge all snapshots") == 1
 
 
+def test_the_budget_is_charged_for_both_threads(monitor: ScriptedMonitor, agents: Attach) -> None:
+    model = build()
+    optimizer = optimizer_of(model)
+    cadence = {"dense_every": 1, "budget_ratio": 1e-12, "initial_credit_seconds": 100.0}
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, config={"cadence": cadence})
+    monitor.wait(lambda: agent.status()["connected"])
+    for step in range(20):
+        train_step(model, optimizer, step)
+        monitor.wait(lambda step=step: len(monitor.shards) >= step)
+    stats, runtime = agent._runtime.stats, agent._runtime
+    monitor.wait(lambda: train_step(model, optimizer, 0) is not None and len(monitor.shards) >= 20)
+    assert min(stats.capture_seconds, stats.sending_seconds) > 0.0
+    charged = 100.0 - runtime._budget.credit_seconds
+    assert stats.capture_seconds < charged <= stats.snapshot_seconds + 1e-9
+
+
 def test_copies_of_a_tapped_model_are_models_without_taps(monitor: ScriptedMonitor, agents: Attach) -> None:
     model = build()
     optimizer = optimizer_of(model)

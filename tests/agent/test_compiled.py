@@ -116,7 +116,7 @@ def test_blocks_compiled_in_place_run_their_hooks_also_late(monitor: ScriptedMon
             monitor.wait(lambda agent=agent: settled(agent.status()))
         assert found == expected
         assert agent.status()["sent"] == STEPS - 1 - late
-        assert not agent._runtime.taps.in_graph
+        assert not agent._runtime.taps.stacks.chain.in_graph
 
 
 def test_a_model_compiled_in_the_middle_of_a_training_is_watched_on(
@@ -134,7 +134,7 @@ def test_a_model_compiled_in_the_middle_of_a_training_is_watched_on(
         monitor.wait(lambda: settled(agent.status()))
     assert agent.status()["taps_missing"] == 0
     assert [header.training.step for header, _ in monitor.shards] == list(range(1, STEPS))
-    assert agent._runtime.taps.in_graph
+    assert agent._runtime.taps.stacks.chain.in_graph
     assert not any(ADVICE in line for line in caplog.messages)
 
 

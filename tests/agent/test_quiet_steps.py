@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import koopmon
-from koopmon.agent.capture.taps import MAX_RESTED
+from koopmon.agent.capture.training_forwards import MAX_RESTED
 from koopmon.wire.messages import Ack
-from tests.agent.models import batch, build, loss_of, train_step
+from tests.agent.models import batch, build, loss_of, pretend_compiled, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 
 Attach = Callable[..., Any]
@@ -35,7 +35,7 @@ MAX_SNAPSHOT_CALLS = 480
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests of this process may have called torch.compile."""
-    monkeypatch.setattr("koopmon.agent.capture.taps.compiles", lambda: False)
+    pretend_compiled(monkeypatch, False)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def watched(monitor: ScriptedMonitor, agents: Attach) -> tuple[nn.Module, Any, A
 
 
 def is_quiet(agent: Any) -> bool:
-    return bool(agent._runtime._quiet.on)
+    return bool(agent._runtime.steps.quiet.on)
 
 
 def until_quiet(model: nn.Module, optimizer: Any, agent: Any) -> None:
@@ -179,7 +179,7 @@ def test_another_optimizer_ends_them(watched: tuple[nn.Module, Any, Any]) -> Non
     model, optimizer, agent = watched
     until_quiet(model, optimizer, agent)
     head = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
-    agent._runtime.add_optimizer(head)
+    agent._runtime.steps.add_optimizer(head)
     assert not is_quiet(agent)
     assert num_hooks(model) == 2
     for step in range(2 * EVERY):
@@ -190,7 +190,7 @@ def test_another_optimizer_ends_them(watched: tuple[nn.Module, Any, Any]) -> Non
 def test_a_compiler_finds_the_hooks(watched: tuple[nn.Module, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer, agent = watched
     until_quiet(model, optimizer, agent)
-    monkeypatch.setattr("koopmon.agent.capture.taps.compiles", lambda: True)
+    pretend_compiled(monkeypatch, True)
     train_step(model, optimizer, agent.status()["step"])
     assert num_hooks(model) == 2
     assert {num_hooks(block) for block in model.blocks} == {2}

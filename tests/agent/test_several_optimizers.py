@@ -222,7 +222,7 @@ def test_an_optimizer_that_joins_is_scaled_and_one_that_dies_is_let_go(guarded: 
     training.model.requires_grad_(True)
     training.optimizers = [AdamW(training.model.parameters(), lr=0.01, weight_decay=0.0)]
     gc.collect()
-    training.runtime.add_optimizer(training.optimizers[0])
+    training.runtime.steps.add_optimizer(training.optimizers[0])
     assert list(training.runtime.optimizers) == training.optimizers
     before = training.values()
     training.train(1)
@@ -259,7 +259,7 @@ def test_one_that_joins_later_and_does_not_follow_is_named(
     assert training.command("set_lr_scale", lr_scale=0.25).outcome == "applied"
     late = torch.optim.Rprop(training.model.blocks.parameters(), lr=0.01)
     training.optimizers.append(late)
-    training.runtime.add_optimizer(late)
+    training.runtime.steps.add_optimizer(late)
     training.train(4)
     warnings = [each for each in caplog.records if each.levelno >= logging.WARNING]
     share, record = warnings
@@ -367,7 +367,7 @@ def test_a_wrapper_is_scaled_once_also_if_it_is_attached_in_its_constructor(
 
         def init(self: Optimizer, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
-            training.runtime.add_optimizer(self)
+            training.runtime.steps.add_optimizer(self)
 
         original = Optimizer.__init__
         monkeypatch.setattr(Optimizer, "__init__", init)

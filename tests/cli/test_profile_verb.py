@@ -49,6 +49,23 @@ def keywords():
     model, x = make()
     return model, {"x": x}
 
+def with_loss():
+    return *make(), lambda model: (model(torch.randn(8, 32, WIDTH)) - 1.0).square().mean()
+
+def bare_with_loss():
+    model, *rest = with_loss()
+    for block in model.blocks:
+        block.norm = nn.Identity()
+    return model, *rest
+
+def not_a_loss():
+    return *make(), 0.5
+
+def breaks():
+    def loss(model):
+        raise RuntimeError("no\\ndata")
+    return *make(), loss
+
 def still():
     return make(0.0)
 
@@ -173,6 +190,26 @@ def test_a_stack_without_a_path_of_its_own_has_a_name_all_the_same(here: Verb) -
     assert "stack the model itself;" in here("profile", "factory.py:bare").stdout.decode()
 
 
+def test_the_highest_safe_rate_comes_from_warm_ups_of_a_copy(here: Verb) -> None:
+    found = json.loads(here("profile", "factory.py:with_loss", "--max-lr", "--json").stdout)
+    assert "forecast" not in found, "the calibrator has no ruined run of normalised layers"
+    peak = found["peak_rate"]
+    assert len(peak["alarm_rates"]) == 3
+    assert peak["num_steps"] > 0
+    assert 0.0 < peak["low"] < (peak["high"] or math.inf)
+    text = here("profile", "factory.py:make", "--max-lr").stdout.decode()
+    assert "highest safe peak learning rate: 0.031, between 0.0078 and 0.12: from the width 16 alone" in text
+
+
+def test_without_a_normalisation_the_shipped_calibrator_predicts(here: Verb) -> None:
+    found = json.loads(here("profile", "factory.py:bare_with_loss", "--max-lr", "--lr", "1e-4", "--json").stdout)
+    assert "peak_rate" not in found
+    assert 0.0 < found["forecast"]["max_learning_rate"] < found["forecast"]["even_learning_rate"]
+    assert found["forecast"]["divergence_probability"] < 0.05
+    text = here("profile", "factory.py:make", "--lr", "1e-4").stdout.decode()
+    assert "divergence probability at learning rate 0.0001: 0.00" in text
+
+
 def test_a_model_that_does_not_move_is_not_called_risky(here: Verb) -> None:
     text = here("profile", "factory.py:still").stdout.decode()
     assert "initial risk: not informative" in text
@@ -192,10 +229,15 @@ def test_a_model_that_does_not_move_is_not_called_risky(here: Verb) -> None:
         ("factory.py:not_finite", ["not finite"], 2),
         ("factory.py:refuses", ["forward pass", "RuntimeError"], 1),
         ("factory.py:no_chain", ["Sequential"], 2),
+        ("factory.py:not_a_loss", ["(model, batch, loss)", "float"], 2),
     ],
 )
 def test_a_mistake_is_one_line(here: Verb, one_line: Refused, factory: str, said: list[str], status: int) -> None:
     one_line(here("profile", factory), *said, status=status)
+
+
+def test_a_loss_that_raises_is_one_line(here: Verb, one_line: Refused) -> None:
+    one_line(here("profile", "factory.py:breaks", "--max-lr"), "RuntimeError: no data", "warm-up", status=1)
 
 
 def test_a_script_that_parses_its_command_line_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

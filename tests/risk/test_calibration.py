@@ -16,6 +16,7 @@ import pytest
 from koopmon.errors import CalibrationError
 from koopmon.risk.calibration import (
     PENALTY,
+    SHIPPED,
     Calibrator,
     Example,
     calibration_error,
@@ -360,3 +361,8 @@ def test_a_fit_on_which_full_steps_run_away_converges() -> None:
         diverged = draw.random() < 1 / (1 + math.exp(-logit))
         examples.append(replace(effective(10.0**log_rate, exponent=1.0 - normalised), diverged=diverged))
     assert max(map(abs, gradient(fit(examples), examples))) < 1e-6
+
+
+def test_the_shipped_calibrator_is_that_of_the_benchmark() -> None:
+    result = Path(__file__).parents[2] / "benchmarks" / "results" / "calibrator.json"
+    assert load(SHIPPED) == load(result)

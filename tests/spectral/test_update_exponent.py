@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from koopmon.spectral import update_exponent
+from koopmon.spectral import has_equal_lengths, update_exponent
 from koopmon.spectral.update_exponent import stack_exponent
 
 
@@ -110,3 +110,12 @@ def test_a_stack_has_the_lower_of_its_first_layers_exponent_and_the_median(
 def test_a_stack_without_layers_has_no_exponent() -> None:
     with pytest.raises(ValueError, match="at least one layer"):
         stack_exponent([])
+
+
+def test_equal_lengths_are_those_behind_a_normalisation() -> None:
+    x = torch.randn((256, 64), generator=torch.Generator().manual_seed(0))
+    normalised = torch.nn.functional.layer_norm(x, (64,))
+    assert has_equal_lengths([normalised, 3.0 * normalised])
+    assert has_equal_lengths([torch.zeros(4, 8)])
+    assert not has_equal_lengths([x]), "as a fresh embedding"
+    assert not has_equal_lengths([normalised, x])

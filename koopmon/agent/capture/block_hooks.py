@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from koopmon.agent.capture.compiled_stacks import CompiledStacks
-from koopmon.agent.capture.hidden_hooks import HiddenHook, add_hook, add_pre_hook
+from koopmon.agent.capture.hidden_hooks import HiddenHook, add_hook, add_pre_hook, restore
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.api import Observable, Point, Stack
 from koopmon.observables import declared
@@ -43,7 +43,6 @@ class BlockHooks:
         readers: CircuitBreaker,
     ) -> None:
         self.stack = stack
-        self.selection = selection
         self.ended = False
         """True if the hooks do nothing more. Those that a graph has found stay in their modules."""
         self._paused = False
@@ -94,10 +93,7 @@ class BlockHooks:
 
     def restore(self) -> bool:
         """Put hooks back that others have removed. Returns True if there were any."""
-        gone = [hook for hook in self._handles if hook.is_gone]
-        for hook in gone:
-            hook.restore()
-        return bool(gone)
+        return restore(self._handles)
 
     def remove(self) -> None:
         """Remove every hook. Idempotent."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,6 +83,14 @@ def add_hook(module: nn.Module, hook: GuardedHook, *, with_kwargs: bool = False)
     _hide_hooks_of(type(module))
     handle = module.register_forward_hook(hook, with_kwargs=with_kwargs)
     return HiddenHook(module, "_forward_hooks", handle, hook)
+
+
+def restore(hooks: Iterable[HiddenHook]) -> bool:
+    """Put those of `hooks` back that others have removed. Returns True if there were any."""
+    gone = [hook for hook in hooks if hook.is_gone]
+    for hook in gone:
+        hook.restore()
+    return bool(gone)
 
 
 def _hide_hooks_of(kind: type[nn.Module]) -> None:

@@ -9,21 +9,27 @@ from koopmon.agent.stats import AgentStats
 from koopmon.config import CadenceConfig
 
 _LEAST_CAPACITY_SECONDS = 0.1
+RESERVE = 0.5
+"""Share of the largest credit that is left to the snapshots that the monitor requests.
+
+In a long run the calm cadence uses all that is earned. Without it nothing would be left for a closer look at a risk.
+"""
 _EMPTY = range(0)
 LAST = 1 << 62
 """A step that never comes."""
 
 
 class OverheadBudget:
-    """Two token buckets: seconds of the training thread, as a share of its step time, and bytes sent.
+    """Two token buckets: seconds that snapshots use in this process, as a share of the step time, and bytes sent.
 
     Spending may overdraw a bucket, because the cost of a snapshot is known only afterwards. An overdrawn bucket affords
-    nothing until it has filled again.
+    nothing until it has filled again. A part of the first bucket is kept for the snapshots that the monitor requests.
     """
 
     def __init__(self, config: CadenceConfig) -> None:
         self._ratio = config.budget_ratio
         self._capacity_seconds = max(config.initial_credit_seconds, _LEAST_CAPACITY_SECONDS)
+        self._reserve_seconds = RESERVE * self._capacity_seconds
         self._bytes_per_second = config.max_bytes_per_second
         self.credit_seconds = config.initial_credit_seconds
         self.credit_bytes = config.max_bytes_per_second
@@ -38,20 +44,20 @@ class OverheadBudget:
         self.credit_bytes = min(self.credit_bytes + self._bytes_per_second * share, self._bytes_per_second)
 
     def spend(self, seconds: float, nbytes: int = 0) -> None:
-        """Charge `seconds` of the training thread and `nbytes` for the sender."""
+        """Charge `seconds` of this process and `nbytes` sent."""
         self.credit_seconds -= seconds
         self.credit_bytes -= nbytes
 
     def charge(self, total_seconds: float) -> None:
-        """Charge the time since the last charge, of a running total in the training thread."""
+        """Charge what was added to a running total since the last charge."""
         if total_seconds != self._charged_seconds:
             self.spend(total_seconds - self._charged_seconds)
             self._charged_seconds = total_seconds
 
-    @property
-    def affords(self) -> bool:
-        """True while both buckets hold credit for another snapshot."""
-        return self.credit_seconds > 0.0 and self.credit_bytes > 0.0
+    def affords(self, *, requested: bool) -> bool:
+        """Return True if both buckets hold credit for another snapshot, which the monitor has requested or not."""
+        least = 0.0 if requested else self._reserve_seconds
+        return self.credit_seconds > least and self.credit_bytes > 0.0
 
 
 class SnapshotSchedule:
@@ -62,6 +68,8 @@ class SnapshotSchedule:
         self._budget = budget
         self._stats = stats
         self._last: int | None = None
+        """The last snapshot that was due."""
+        self._last_taken: int | None = None
 
     def stride(self, step: int, state: ControlState) -> int:
         """Return the steps between snapshots at `step`: the schedule's, or the monitor's request if that is denser.
@@ -70,16 +78,16 @@ class SnapshotSchedule:
         """
         config = self._config
         every = config.dense_every if step < config.warmup_steps else config.calm_every
-        if state.cadence_steps and step <= state.cadence_until_step:
+        if _is_requested(step, state):
             every = min(every, max(state.cadence_steps, config.dense_every))
         return every * math.ceil(self._stats.stride_limit.at(step) / every)
 
     def steps_since(self, step: int) -> int:
-        """Return the number of steps since the last snapshot that was planned; 0 before the first one.
+        """Return the number of steps since the last snapshot that was planned and affordable; 0 before the first one.
 
         It is negative if that snapshot is still to come.
         """
-        return 0 if self._last is None else step - self._last
+        return 0 if self._last_taken is None else step - self._last_taken
 
     def next_change(self, step: int, state: ControlState) -> int:
         """Return the first step after `step` from which on the interval may be another one, or `LAST` for none."""
@@ -99,7 +107,7 @@ class SnapshotSchedule:
         if not due:
             return _EMPTY
         self._last = due[-1]
-        return due if self._affords(len(due)) else _EMPTY
+        return due if self._affords(due, state) else _EMPTY
 
     def unagreed(self, step: int, state: ControlState) -> bool:
         """Return True if `step` is a snapshot while no exchange connects the ranks.
@@ -110,9 +118,16 @@ class SnapshotSchedule:
         if step % self.stride(step, state):
             return False
         self._last = step
-        return self._affords(1)
+        return self._affords(range(step, step + 1), state)
 
-    def _affords(self, num_snapshots: int) -> bool:
-        if not self._budget.affords:
-            self._stats.drop("budget", num_snapshots)
-        return self._budget.affords
+    def _affords(self, due: range, state: ControlState) -> bool:
+        if not self._budget.affords(requested=_is_requested(due[0], state)):
+            self._stats.drop("budget", len(due))
+            return False
+        self._last_taken = due[-1]
+        return True
+
+
+def _is_requested(step: int, state: ControlState) -> bool:
+    """Return True if the monitor requests snapshots at `step`."""
+    return bool(state.cadence_steps) and step <= state.cadence_until_step

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import Any, Protocol
 
+from koopmon.agent.capture.chain_search import VerifiedChain
 from koopmon.agent.capture.sampler import RankSnapshot
 from koopmon.api import Stack
 from koopmon.plugins import Selection
@@ -35,12 +36,8 @@ class TapEvents(Protocol):
     def on_graph_forward(self) -> None:
         """Handle the end of a step whose forwards ran in a compiled graph, where no hook sees them."""
 
-    def on_chain_verified(self, stack: Stack, width: int, update_exponent: float | None, fingerprint: int) -> None:
-        """Handle the verified chain `stack`, with D = `width`.
-
-        `update_exponent` is that of the growth of updates with the state, if known. `fingerprint` is of the states that
-        entered the chain: equal on ranks that hold the same tokens.
-        """
+    def on_chain_verified(self, chain: VerifiedChain) -> None:
+        """Handle the verified chain."""
 
     def on_no_chain(self, reason: str) -> None:
         """Handle the end of the search, which has found no chain."""

@@ -201,7 +201,11 @@ class IOThread:
             item = self._outbox.popleft()
             if isinstance(item, CommandResult):
                 channel.acknowledge(item)
-            elif (reason := self._send_snapshot(item, data, identity)) is None:
+                continue
+            started = time.thread_time()
+            reason = self._send_snapshot(item, data, identity)
+            self._stats.sending_seconds += time.thread_time() - started
+            if reason is None:
                 self._stats.sent += 1
             else:
                 self._stats.drop(reason)

@@ -46,8 +46,10 @@ MAX_EXCHANGE_STEPS = 100
 MAX_CALM_STEPS = 16
 """Longest interval between two exchanges while no snapshot comes, in steps.
 
-A command follows a snapshot. The longer the last one is ago, the less an exchange is urgent: the interval is as long.
+A command follows a snapshot. The longer the last one is ago, the less an exchange is urgent: the interval is
+CALM_GROWTH times as long.
 """
+CALM_GROWTH = 4
 MAX_PENDING = 64
 """Commands that may wait for judgement."""
 MAX_REMEMBERED = 4096
@@ -250,7 +252,7 @@ class Actuator:
         seconds = self._stats.step_seconds or EXCHANGE_SECONDS
         least = 2 if seconds < SHORT_STEP_SECONDS else 1
         usual = min(max(least, math.ceil(EXCHANGE_SECONDS / seconds)), MAX_EXCHANGE_STEPS)
-        calm = min(self._schedule.steps_since(step), MAX_CALM_STEPS)
+        calm = min(CALM_GROWTH * self._schedule.steps_since(step), MAX_CALM_STEPS)
         soon = self._schedule.next_due(step, state) - step + usual  # after the next snapshot
         following = step + max(usual, min(calm, soon))
         planned = self._schedule.plan(step + 1, following, state)

@@ -40,7 +40,7 @@ SECOND_SLOT = 4
 START_COPY_STEPS = 2000
 """Step at which the copy of the start is freed."""
 NUM_COPIES = 3
-MAX_COST = 0.0025
+MAX_COST = 0.001
 """Largest share of the step time that copies may take over the long run."""
 TIMED_COPIES = 5
 """Number of copies whose median duration decides on the interval. The first ones allocate memory and are left out."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.agent.models import B, T, batch, build, checkpointed, loss_of, train_step
+from tests.agent.models import B, T, batch, build, checkpointed, loss_of, pretend_compiled, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 
 Attach = Callable[..., Any]
@@ -23,7 +23,7 @@ CONFIG = {"cadence": {"dense_every": EVERY, "warmup_steps": 1000}, "sampling": {
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests of this process may have called torch.compile."""
-    monkeypatch.setattr("koopmon.agent.capture.taps.compiles", lambda: False)
+    pretend_compiled(monkeypatch, False)
 
 
 def attached(agents: Attach, monitor: ScriptedMonitor, model: nn.Module, config: Any = CONFIG) -> tuple[Any, Any]:

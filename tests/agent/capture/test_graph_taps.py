@@ -298,7 +298,7 @@ def test_a_transform_in_a_graph_gets_no_taps(monitor: ScriptedMonitor, agents: A
     gradients = torch.compile(torch.func.grad(loss), backend="eager")(parameters, batch(0))
     plain = torch.func.grad(loss)(parameters, batch(0))
     assert all(torch.equal(gradients[name], plain[name]) for name in plain)
-    assert not agent._runtime.taps._graphs.traced
+    assert not agent._runtime.taps.stacks.graphs.traced
 
 
 @pytest.mark.parametrize("run", [checkpointed, checkpointed_reentrant])

@@ -82,6 +82,16 @@ def test_steps_since_the_last_snapshot_are_counted() -> None:
     assert [cadence.steps_since(step) for step in (last - 1, last, last + 3)] == [-1, 0, 3]
 
 
+def test_a_snapshot_that_is_due_and_not_affordable_is_not_the_last_one() -> None:
+    budget = OverheadBudget(CONFIG)
+    cadence = SnapshotSchedule(CONFIG, budget, AgentStats())
+    [taken] = cadence.plan(14, 14, CALM)
+    budget.spend(2.0 * budget.credit_seconds)
+    assert not cadence.plan(21, 21, CALM)
+    assert cadence.steps_since(22) == 22 - taken
+    assert cadence.next_due(22, CALM) == 28, "the cadence goes on from what was due"
+
+
 def test_the_next_change_of_the_interval_is_the_first_step_with_another_one() -> None:
     cadence, after = schedule(), CONFIG.warmup_steps + 1
     asked = ControlState(cadence_steps=1, cadence_until_step=after + 10)
@@ -126,7 +136,7 @@ def test_in_the_long_run_the_budget_is_the_share_of_step_time() -> None:
     early = 0.0
     for step in range(200_000):
         cost = 0.0
-        if budget.affords:
+        if budget.affords(requested=True):
             cost = 0.003
             spent += cost
         budget.spend(cost)
@@ -139,25 +149,45 @@ def test_in_the_long_run_the_budget_is_the_share_of_step_time() -> None:
     assert spent >= 0.005 * elapsed
 
 
+def test_half_of_the_credit_is_kept_for_the_snapshots_that_the_monitor_requests() -> None:
+    config = CadenceConfig(warmup_steps=1, dense_every=1, calm_every=10, initial_credit_seconds=1.0)
+    stats, budget = AgentStats(), OverheadBudget(config)
+    cadence, asked = SnapshotSchedule(config, budget, stats), ControlState(cadence_steps=1, cadence_until_step=1000)
+
+    def taken(state: ControlState, steps: range) -> int:
+        count = 0
+        for step in steps:
+            if cadence.plan(step, step, state):
+                count += 1
+                budget.spend(0.01)
+        return count
+
+    assert taken(CALM, range(1, 1001)) == 50, "0.5 of 1.0 s, at 0.01 s each"
+    assert taken(asked, range(1001, 2001)) == 0, "the request is over"
+    asked = ControlState(cadence_steps=1, cadence_until_step=3000)
+    assert taken(asked, range(2001, 3001)) == 50
+    assert budget.credit_seconds == pytest.approx(0.0, abs=1e-9)
+
+
 def test_bytes_are_bounded_too_and_a_snapshot_larger_than_a_second_of_them_is_possible() -> None:
     budget = OverheadBudget(CadenceConfig(max_bytes_per_second=1000.0))
-    assert budget.affords
+    assert budget.affords(requested=True)
     budget.spend(0.0, 2500)
     for _ in range(15):
-        assert not budget.affords
+        assert not budget.affords(requested=True)
         budget.earn(0.1)
     budget.earn(0.1)
-    assert budget.affords
+    assert budget.affords(requested=True)
     budget.earn(1e6)
     budget.spend(0.0, 1000)
-    assert not budget.affords, "what was not sent is not saved up"
+    assert not budget.affords(requested=True), "what was not sent is not saved up"
 
 
 def test_no_initial_credit_still_lets_the_share_build_up() -> None:
     budget = OverheadBudget(CadenceConfig(initial_credit_seconds=0.0, budget_ratio=0.01))
-    assert not budget.affords
+    assert not budget.affords(requested=True)
     budget.earn(1.0)
-    assert budget.affords
+    assert budget.affords(requested=True)
 
 
 def test_a_running_total_is_charged_once() -> None:
@@ -180,7 +210,7 @@ def test_credit_never_exceeds_its_capacity(moves: list[tuple[str, float, int]]) 
             budget.spend(amount, size)
             seconds, nbytes = seconds - amount, nbytes - size
         assert (budget.credit_seconds, budget.credit_bytes) == pytest.approx((seconds, nbytes))
-        assert budget.affords == (budget.credit_seconds > 0.0 and budget.credit_bytes > 0.0)
+        assert budget.affords(requested=True) == (budget.credit_seconds > 0.0 and budget.credit_bytes > 0.0)
 
 
 def test_without_initial_credit_a_tenth_of_a_second_may_be_saved_up() -> None:
@@ -190,7 +220,7 @@ def test_without_initial_credit_a_tenth_of_a_second_may_be_saved_up() -> None:
     before = budget.credit_bytes
     budget.spend(0.1)
     assert budget.credit_bytes == before, "time costs no bytes"
-    assert not budget.affords, "nothing is left"
+    assert not budget.affords(requested=True), "nothing is left"
 
 
 def test_the_warm_up_ends_at_its_step() -> None:
@@ -231,9 +261,9 @@ def test_the_largest_plan_that_is_not_affordable_is_counted_whole() -> None:
 def test_the_last_byte_of_a_second_is_enough_for_a_snapshot() -> None:
     budget = OverheadBudget(CadenceConfig(max_bytes_per_second=1000.0))
     budget.spend(0.0, 999)
-    assert budget.affords
+    assert budget.affords(requested=True)
     budget.spend(0.0, 1)
-    assert not budget.affords
+    assert not budget.affords(requested=True)
 
 
 def test_agents_of_one_process_share_the_step_time_and_the_bytes() -> None:

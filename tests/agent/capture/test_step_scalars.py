@@ -684,7 +684,7 @@ def test_what_the_loop_logs_replaces_the_measurement_for_good(monitor: ScriptedM
     for step, training in found.items():
         assert (training.loss, training.grad_norm) == pytest.approx((own[step], norms[step]), rel=1e-6)
         assert training.learning_rate == 0.1
-    assert not agent._runtime._scalars._loss._nodes, "the loss is not listened for any more"
+    assert not agent._runtime.steps.scalars._loss._nodes, "the loss is not listened for any more"
 
 
 def test_other_steps_and_a_closed_agent_have_no_hook(monitor: ScriptedMonitor, agents: Attach) -> None:
@@ -695,14 +695,14 @@ def test_other_steps_and_a_closed_agent_have_no_hook(monitor: ScriptedMonitor, a
     monitor.wait(lambda: agent.status()["connected"])
     listened = []
     for step in range(9):
-        listened.append(bool(agent._runtime._scalars._loss._nodes))
+        listened.append(bool(agent._runtime.steps.scalars._loss._nodes))
         loss_of(model, batch(step)).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert [step for step, each in enumerate(listened) if each] == [1, 5]
-    assert agent._runtime._scalars._loss._nodes, "the next step has a snapshot"
+    assert agent._runtime.steps.scalars._loss._nodes, "the next step has a snapshot"
     agent.close()
-    assert not agent._runtime._scalars._loss._nodes
+    assert not agent._runtime.steps.scalars._loss._nodes
     assert agent.status()["loss"] is not None
 
 

@@ -185,7 +185,7 @@ def test_a_validation_with_gradients_is_no_training(
     agent = trained(monitor, agents, Model(), loss_of, before=validate)
     assert steps_of(monitor) == list(range(1, STEPS))
     runtime = agent._runtime
-    assert not runtime.taps._trains_in_eval
+    assert not runtime.taps.forwards.trains_in_eval
     for _, states in monitor.shards:
         assert torch.isfinite(states).all()
 

@@ -118,7 +118,7 @@ def tried() -> Iterator[Callable[[Callable[[Loop], Any]], tuple[str, list[float]
     yield run
     for each in loops:
         each.runtime.close("")
-        assert (each.runtime.breaker.num_errors, each.runtime._lasting_breaker.num_errors) == (0, 0)
+        assert (each.runtime.breaker.num_errors, each.runtime.steps.lasting_breaker.num_errors) == (0, 0)
 
 
 def scheduled(schedule: Any, make: Callable[[Any], Optimizer]) -> Callable[[Loop], Any]:

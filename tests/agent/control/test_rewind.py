@@ -471,8 +471,8 @@ def test_the_start_is_kept_for_2000_steps() -> None:
     assert alone.held == [2000]
 
 
-def test_copies_cost_a_quarter_of_a_percent_of_the_step_time_at_most() -> None:
-    """The median duration of five copies decides. Copies of 16 seconds may come every 64 steps of 100 seconds."""
+def test_copies_cost_a_thousandth_of_the_step_time_at_most() -> None:
+    """The median duration of five copies decides. Copies of 6.4 seconds may come every 64 steps of 100 seconds."""
     alone = Alone()
     alone.step(0)
     alone.stats.step_seconds = 100.0
@@ -486,12 +486,12 @@ def test_copies_cost_a_quarter_of_a_percent_of_the_step_time_at_most() -> None:
         alone.state = alone.action.tuned(alone.state)
         return int(alone.action.parameters(alone.state).get("interval", 16))
 
-    assert interval(4.0, 4.0, 4.0, 99.0, 99.0) == 16
-    assert interval(4.1, 4.1, 4.1, 4.1) == 16, "four copies are not enough"
-    assert interval(4.1, 4.1, 4.1, 0.0, 0.0) == 32
+    assert interval(1.6, 1.6, 1.6, 99.0, 99.0) == 16
+    assert interval(1.7, 1.7, 1.7, 1.7) == 16, "four copies are not enough"
+    assert interval(1.7, 1.7, 1.7, 0.0, 0.0) == 32
     assert alone.state.version == 0, "no command changed it"
     assert len(alone.action._seconds) == 0, "the next five decide again"
-    assert interval(16.0, 16.0, 16.0, 16.0, 16.0, before=16) == 64
+    assert interval(6.4, 6.4, 6.4, 6.4, 6.4, before=16) == 64
     assert alone.action.parameters(alone.state) == {"interval": 64, "at_step": 3}
     assert alone.state.version == 7
     assert interval(*[1e9] * 5, before=16) == 65536

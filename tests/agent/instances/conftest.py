@@ -57,10 +57,10 @@ def observe(
 
         def note(runtime: AgentRuntime, snapshot: Any) -> None:
             ready(runtime, snapshot)
-            stack = runtime.taps.stack
-            if stack is not None:
-                outcome.snapshots[stack.name] += 1
-                outcome.last, outcome.layers[stack.name] = len(outcome.watched), stack.num_layers
+            chain = runtime.taps.stacks.chain
+            if chain is not None:
+                outcome.snapshots[chain.stack.name] += 1
+                outcome.last, outcome.layers[chain.stack.name] = len(outcome.watched), chain.stack.num_layers
 
         def watch(model: Any, *optimizers: Any) -> Any:
             agent = agents(model, list(optimizers), endpoint=monitor.endpoint, config=EVERY_STEP)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.agent.autoload import _MARK, _Watch
-from koopmon.agent.runtime import AgentRuntime
+from koopmon.agent.training_steps import TrainingSteps
 from tests.agent.instances.battery import Net, V, loss_of, sgd, tokens, update
 from tests.agent.scripted_monitor import ScriptedMonitor
 
@@ -380,14 +380,14 @@ def test_every_model_that_trains_is_followed(
     monkeypatch.setenv(_MARK, str(os.getpid()))
     numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
     followed: Counter[int] = Counter()
-    end_step = AgentRuntime._end_step
+    end_step = TrainingSteps._end_step
 
-    def count(runtime: AgentRuntime) -> None:
-        end_step(runtime)
-        if (model := runtime._model()) is not None:
+    def count(steps: TrainingSteps) -> None:
+        end_step(steps)
+        if (model := steps._model()) is not None:
             followed[numbers.setdefault(model, len(followed))] += 1
 
-    monkeypatch.setattr(AgentRuntime, "_end_step", count)
+    monkeypatch.setattr(TrainingSteps, "_end_step", count)
     watch = _Watch()
     watch.wrap(sys.modules["torch.optim.optimizer"])
     try:
