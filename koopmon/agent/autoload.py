@@ -13,7 +13,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import gc
 import logging
 import os
 import sys
@@ -28,6 +27,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from koopmon.agent.model_roots import (
+    RootNotFoundError,
+    contains,
+    describe_model,
+    goes_on_elsewhere,
+    join,
+    kind_of,
+    models_of,
+    owns,
+    parameters_of,
+    root_module,
+)
 from koopmon.errors import raise_from_signal
 from koopmon.logs import log_for_job
 
@@ -52,10 +63,6 @@ def python_path(environ: Mapping[str, str]) -> str:
     """Return the value of PYTHONPATH with which a child process attaches."""
     before = environ.get("PYTHONPATH", "")
     return f"{DIRECTORY}{os.pathsep}{before}" if before else str(DIRECTORY)
-
-
-class RootNotFoundError(LookupError):
-    """No single module owns the parameters of an optimizer. The message lists the modules found."""
 
 
 class _Agent(Protocol):
@@ -235,7 +242,7 @@ class _Watch:
 
     def _attach(self, optimizer: Optimizer) -> None:
         self._let_go_of_dead()
-        parameters = _parameters(optimizer)
+        parameters = parameters_of(optimizer)
         owner = next((each for each in self._attached if parameters & each.parameters()), None)
         if owner is None or (model := owner.model()) is None:
             present = [each for each in self._attached if each.is_on]
@@ -247,28 +254,30 @@ class _Watch:
                     if not present:
                         return
             self._wait_for_steps(optimizer)
-        elif _owns(model, parameters):
+        elif owns(model, parameters):
             self._join(owner, model, optimizer)
         elif not owner.num_steps:
             self._regroup(root_module(optimizer), optimizer)
-        elif _goes_on_elsewhere(model, optimizer):
+        elif goes_on_elsewhere(model, optimizer):
             self._wait_for_steps(optimizer)
         else:
             self._join(owner, model, optimizer)
 
     def _follow(self, root: nn.Module, optimizer: Optimizer, *, replaces: bool = False) -> None:
         """Attach to `root`. If it `replaces`, the first model of its class that has trained is let go before."""
-        if any(_contains(root, each.model()) for each in self._attached):
+        if any(contains(root, each.model()) for each in self._attached):
             self._regroup(root, optimizer)
             return
-        kind = _kind(root)
+        kind = kind_of(root)
         before = next((each for each in self._attached if each.kind == kind and each.num_steps), None)
         if replaces and before is not None:
             self._let_go(before)
         if sum(each.is_on for each in self._attached) < MAX_MODELS:
             self._attach_to(root, optimizer)
         else:
-            self._log(f"more than {MAX_MODELS} models train in this process: {_model_of(optimizer)} is not watched")
+            self._log(
+                f"more than {MAX_MODELS} models train in this process: {describe_model(optimizer)} is not watched"
+            )
 
     def _attach_to(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Attach to a model that is attached already, or to a further one, whose run has its class in its name."""
@@ -278,7 +287,7 @@ class _Watch:
         if owner is not None:
             self._join(owner, model, optimizer)
             return
-        job, kind = os.environ.get("KOOPMON_RUN"), _kind(model)
+        job, kind = os.environ.get("KOOPMON_RUN"), kind_of(model)
         run = self._run_of(job, kind) if job else None
         agent = attach(model, optimizer) if run == job else attach(model, optimizer, run=run)
         attached = _Attached(agent, kind, run, weakref.ref(model), weakref.WeakSet([optimizer]))
@@ -336,7 +345,7 @@ class _Watch:
 
     def _regroup(self, root: nn.Module, optimizer: Optimizer) -> None:
         """Attach to `root`, which holds attached models and that of `optimizer`."""
-        parts = [each for each in self._attached if _contains(root, each.model())]
+        parts = [each for each in self._attached if contains(root, each.model())]
         optimizers = [member for each in parts for member in each.optimizers]
         for each in parts:
             self._let_go(each)
@@ -376,7 +385,7 @@ class _Watch:
                     raise
                 for each in idle if is_last else ():
                     self._let_go(each)
-                if begins or any(_contains(root, each.model()) for each in self._attached):
+                if begins or any(contains(root, each.model()) for each in self._attached):
                     self._follow(root, stepping)
             elif own is not None and is_last and own.is_on:
                 for each in idle:
@@ -404,7 +413,7 @@ class _Watch:
         def after_step(stepping: Optimizer) -> None:
             self._waiting.pop(stepping, None)
             self._let_go_of_dead()
-            parameters = _parameters(stepping)
+            parameters = parameters_of(stepping)
             owner = next((each for each in self._attached if parameters & each.parameters()), None)
             if owner is not None and (model := owner.model()) is not None:
                 self._join(owner, model, stepping)
@@ -449,142 +458,3 @@ class _Watch:
         if text not in self._logged:
             self._logged.add(text)
             log_for_job(_log, text, level=level)
-
-
-def _kind(model: nn.Module) -> str:
-    """Return the class of `model`, inside any wrappers."""
-    from koopmon.block_finder import class_name
-
-    return class_name(model)
-
-
-def _parameters(optimizer: Optimizer) -> frozenset[int]:
-    return frozenset(_in_order(optimizer))
-
-
-def root_module(optimizer: Optimizer, *, most: bool = False) -> nn.Module:
-    """Return the outermost live module that owns every parameter of `optimizer`.
-
-    With `most` it may own the larger part of the weights, as beside a loss with weights of its own.
-
-    Several unrelated wrappers may own them (a second view of one model). The result is then the outermost module that
-    all of these share. Copies, such as an exponential moving average, own other parameters and never count.
-
-    Raises RootNotFoundError when there is none.
-    """
-    parameters = _parameters(optimizer)
-    modules = _live_modules()
-    owners = [module for module in modules if _owns(module, parameters)]
-    if not owners and most:
-        owners = _owners_of_most(modules, optimizer)
-    roots = _outermost(owners)
-    if len(roots) > 1:
-        shared = set.intersection(*({id(inner) for inner in root.modules()} for root in roots))
-        roots = _outermost([module for module in owners if id(module) in shared])
-    if len(roots) == 1:
-        return roots[0]
-    if roots:
-        raise RootNotFoundError(
-            f"{len(roots)} models own the optimizer's parameters; call koopmon.attach(model, optimizer)"
-        )
-    raise RootNotFoundError(
-        "no one model owns all of the optimizer's parameters; call koopmon.attach(model, optimizer)"
-    )
-
-
-def models_of(optimizer: Optimizer) -> list[nn.Module]:
-    """Return the models that own parameters of an optimizer, in its order, if no module owns all: those with blocks.
-
-    An encoder and a decoder are examples. They may share some parameters. Two views of one model are left out.
-    """
-    from koopmon.block_finder import block_lists
-
-    order = {parameter: place for place, parameter in enumerate(_in_order(optimizer))}
-    modules = _live_modules()
-    owned = {id(module): order.keys() & _ids(module) for module in modules}
-    outermost = _outermost([module for module in modules if owned[id(module)]])
-    models = []
-    for module in outermost:
-        own = owned[id(module)].difference(*(owned[id(each)] for each in outermost if each is not module))
-        if 2 * len(own) > len(owned[id(module)]) and any(len(each.blocks) > 1 for each in block_lists(module)):
-            models.append(module)
-    return sorted(models, key=lambda module: min(order[each] for each in owned[id(module)]))
-
-
-def join(models: Sequence[nn.Module]) -> nn.Module:
-    """Return a module that holds `models` under the names of their classes. It is never called."""
-    from torch import nn
-
-    names: dict[str, nn.Module] = {}
-    for model in models:
-        name = _kind(model)
-        names[name if name not in names else f"{name}{len(names) + 1}"] = model
-    root: nn.Module = type("+".join(names), (nn.Module,), {})()
-    for name, model in names.items():
-        root.add_module(name, model)
-    return root
-
-
-def _live_modules() -> list[nn.Module]:
-    from torch import nn
-
-    # isinstance() reads `__class__`, which makes a lazy proxy load its object. type() does not.
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module) and "_modules" in vars(thing)]
-
-
-def _in_order(optimizer: Optimizer) -> list[int]:
-    return [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _ids(module: nn.Module) -> frozenset[int]:
-    try:
-        return frozenset(map(id, module.parameters()))
-    except BaseException as error:  # another part of the process may be building this module
-        raise_from_signal(error)
-        return frozenset()
-
-
-def _model_of(optimizer: Optimizer) -> str:
-    """Return the class of the model that `optimizer` updates, with that of the optimizer."""
-    try:
-        model = type(root_module(optimizer)).__name__
-    except RootNotFoundError:
-        model = "the model"
-    return f"{model} under {type(optimizer).__name__}"
-
-
-def _goes_on_elsewhere(model: nn.Module, optimizer: Optimizer) -> bool:
-    """Return True if parts of `model`, which has trained, train on in a model that does not hold it."""
-    try:
-        return not _contains(root_module(optimizer), model)
-    except RootNotFoundError:
-        return False
-
-
-def _owns(module: nn.Module, parameters: frozenset[int]) -> bool:
-    return parameters <= _ids(module)
-
-
-def _owners_of_most(modules: Sequence[nn.Module], optimizer: Optimizer) -> list[nn.Module]:
-    """Return the modules that own the most weights of `optimizer`, if these are more than half of them."""
-    sizes = {id(each): each.numel() for group in optimizer.param_groups for each in group["params"]}
-    owned: list[int] = []
-    for module in modules:
-        try:
-            owned.append(sum(sizes.get(id(each), 0) for each in module.parameters()))
-        except BaseException as error:  # another part of the process may be building this module
-            raise_from_signal(error)
-            owned.append(0)
-    largest = max(owned, default=0)
-    return [
-        each for each, size in zip(modules, owned, strict=True) if 2 * size > sum(sizes.values()) and size == largest
-    ]
-
-
-def _contains(root: nn.Module, model: nn.Module | None) -> bool:
-    return any(module is model for module in root.modules())
-
-
-def _outermost(modules: list[nn.Module]) -> list[nn.Module]:
-    inner = {id(child) for module in modules for child in module.modules() if child is not module}
-    return [module for module in modules if id(module) not in inner]
