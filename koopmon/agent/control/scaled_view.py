@@ -116,8 +116,10 @@ def _is_ours(hook: Any) -> bool:
 
 
 def _of_optimizer(view: Any, hook: Any) -> Callable[..., Any]:
-    """Return `hook` for a call with `view`: it gets the optimizer."""
+    """Return `hook` for a call with `view`: it gets the optimizer. One of koopmon's gets the arguments as they are."""
     optimizer = view._optimizer
+    if _is_ours(hook):
+        return lambda _, *arguments: hook(optimizer, *arguments)
 
     def call(_: Optimizer, args: Any, kwargs: Any) -> Any:
         result = hook(optimizer, (optimizer, *args[1:]), kwargs)
