@@ -13,10 +13,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import gc
 import logging
 import os
 import sys
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +27,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from koopmon.agent.model_roots import (
+    RootNotFoundError,
+    contains,
+    describe_model,
+    goes_on_elsewhere,
+    join,
+    kind_of,
+    models_of,
+    owns,
+    parameters_of,
+    root_module,
+)
 from koopmon.errors import raise_from_signal
 from koopmon.logs import log_for_job
 
@@ -51,10 +63,6 @@ def python_path(environ: Mapping[str, str]) -> str:
     """Return the value of PYTHONPATH with which a child process attaches."""
     before = environ.get("PYTHONPATH", "")
     return f"{DIRECTORY}{os.pathsep}{before}" if before else str(DIRECTORY)
-
-
-class RootNotFoundError(LookupError):
-    """No single module owns the parameters of an optimizer. The message lists the modules found."""
 
 
 class _Agent(Protocol):
@@ -140,11 +148,15 @@ class _Watch:
     def __init__(self) -> None:
         self._enabled = True
         self._busy = False
+        self._busy_thread = 0
+        """The thread that attached last."""
         self._attached: list[_Attached] = []
         """The models that train, in the order of their attachment."""
         self._waiting: weakref.WeakKeyDictionary[Optimizer, Callable[[Optimizer], None]] = weakref.WeakKeyDictionary()
         """Optimizers whose steps decide on an attachment, each with the function to call after its step."""
         self._follows_steps = False
+        self._roots: weakref.WeakKeyDictionary[Optimizer, nn.Module] = weakref.WeakKeyDictionary()
+        """Modules made for several models of one optimizer. Nothing else holds them."""
         self._free_runs: list[tuple[str, str]] = []
         """Names of runs of models that were let go, each behind the class of its models, "" for any class."""
         self._num_named: Counter[str] = Counter()
@@ -213,9 +225,13 @@ class _Watch:
             self._wait_for_steps(optimizer)
 
     def _guarded(self, action: Callable[[Optimizer], None], optimizer: Optimizer) -> None:
-        if not self._enabled or self._busy:
+        if not self._enabled:
             return
-        self._busy = True
+        if self._busy:
+            if self._busy_thread != threading.get_ident() and optimizer not in self._waiting:
+                self._wait_for_steps(optimizer)  # another thread attaches, which may wait for the monitor
+            return
+        self._busy, self._busy_thread = True, threading.get_ident()
         try:
             action(optimizer)
         except BaseException as error:
@@ -226,7 +242,7 @@ class _Watch:
 
     def _attach(self, optimizer: Optimizer) -> None:
         self._let_go_of_dead()
-        parameters = _parameters(optimizer)
+        parameters = parameters_of(optimizer)
         owner = next((each for each in self._attached if parameters & each.parameters()), None)
         if owner is None or (model := owner.model()) is None:
             present = [each for each in self._attached if each.is_on]
@@ -238,24 +254,30 @@ class _Watch:
                     if not present:
                         return
             self._wait_for_steps(optimizer)
-        elif owner.num_steps or _owns(model, parameters):
+        elif owns(model, parameters):
             self._join(owner, model, optimizer)
-        else:
+        elif not owner.num_steps:
             self._regroup(root_module(optimizer), optimizer)
+        elif goes_on_elsewhere(model, optimizer):
+            self._wait_for_steps(optimizer)
+        else:
+            self._join(owner, model, optimizer)
 
     def _follow(self, root: nn.Module, optimizer: Optimizer, *, replaces: bool = False) -> None:
         """Attach to `root`. If it `replaces`, the first model of its class that has trained is let go before."""
-        if any(_contains(root, each.model()) for each in self._attached):
+        if any(contains(root, each.model()) for each in self._attached):
             self._regroup(root, optimizer)
             return
-        kind = _kind(root)
+        kind = kind_of(root)
         before = next((each for each in self._attached if each.kind == kind and each.num_steps), None)
         if replaces and before is not None:
             self._let_go(before)
         if sum(each.is_on for each in self._attached) < MAX_MODELS:
             self._attach_to(root, optimizer)
         else:
-            self._log(f"more than {MAX_MODELS} models train in this process: {_model_of(optimizer)} is not watched")
+            self._log(
+                f"more than {MAX_MODELS} models train in this process: {describe_model(optimizer)} is not watched"
+            )
 
     def _attach_to(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Attach to a model that is attached already, or to a further one, whose run has its class in its name."""
@@ -265,7 +287,7 @@ class _Watch:
         if owner is not None:
             self._join(owner, model, optimizer)
             return
-        job, kind = os.environ.get("KOOPMON_RUN"), _kind(model)
+        job, kind = os.environ.get("KOOPMON_RUN"), kind_of(model)
         run = self._run_of(job, kind) if job else None
         agent = attach(model, optimizer) if run == job else attach(model, optimizer, run=run)
         attached = _Attached(agent, kind, run, weakref.ref(model), weakref.WeakSet([optimizer]))
@@ -283,6 +305,8 @@ class _Watch:
 
         attach(model, optimizer)
         owner.optimizers.add(optimizer)
+        if any(model is each for each in self._roots.values()):
+            self._roots[optimizer] = model  # the optimizers before this one may not live as long
 
     def _run_of(self, job: str, kind: str) -> str:
         """Return the name of a run for a model of the class `kind`: equal on all ranks, whenever they free a model."""
@@ -321,7 +345,7 @@ class _Watch:
 
     def _regroup(self, root: nn.Module, optimizer: Optimizer) -> None:
         """Attach to `root`, which holds attached models and that of `optimizer`."""
-        parts = [each for each in self._attached if _contains(root, each.model())]
+        parts = [each for each in self._attached if contains(root, each.model())]
         optimizers = [member for each in parts for member in each.optimizers]
         for each in parts:
             self._let_go(each)
@@ -353,7 +377,7 @@ class _Watch:
             begins = is_last or all(not each.is_on or each.num_steps for each in self._attached)
             if own is None and (num_steps == 1 or begins):
                 try:
-                    root = root_module(stepping, most=True)
+                    root = self._root_of(stepping)
                 except RootNotFoundError:  # it updates single parameters beside the model
                     self._waiting.pop(stepping, None)
                     if any(each.is_on for each in self._attached):
@@ -361,7 +385,7 @@ class _Watch:
                     raise
                 for each in idle if is_last else ():
                     self._let_go(each)
-                if begins or any(_contains(root, each.model()) for each in self._attached):
+                if begins or any(contains(root, each.model()) for each in self._attached):
                     self._follow(root, stepping)
             elif own is not None and is_last and own.is_on:
                 for each in idle:
@@ -370,18 +394,31 @@ class _Watch:
         self._waiting[optimizer] = after_step
         self._follow_steps()
 
+    def _root_of(self, optimizer: Optimizer) -> nn.Module:
+        """Return the model of an optimizer that steps: one made for its models if there are several.
+
+        Raises RootNotFoundError when there is none.
+        """
+        with contextlib.suppress(RootNotFoundError):
+            return root_module(optimizer)
+        models = models_of(optimizer)
+        if len(models) > 1:
+            self._roots[optimizer] = join(models)
+            return self._roots[optimizer]
+        return models[0] if models else root_module(optimizer, most=True)
+
     def _wait_for_return(self, optimizer: Optimizer) -> None:
         """Attach to the model of `optimizer` again at its next step."""
 
         def after_step(stepping: Optimizer) -> None:
             self._waiting.pop(stepping, None)
             self._let_go_of_dead()
-            parameters = _parameters(stepping)
+            parameters = parameters_of(stepping)
             owner = next((each for each in self._attached if parameters & each.parameters()), None)
             if owner is not None and (model := owner.model()) is not None:
                 self._join(owner, model, stepping)
             else:
-                self._follow(root_module(stepping), stepping)
+                self._follow(self._root_of(stepping), stepping)
 
         self._waiting[optimizer] = after_step
         self._follow_steps()
@@ -421,89 +458,3 @@ class _Watch:
         if text not in self._logged:
             self._logged.add(text)
             log_for_job(_log, text, level=level)
-
-
-def _kind(model: nn.Module) -> str:
-    """Return the class of `model`, inside any wrappers."""
-    from koopmon.block_finder import class_name
-
-    return class_name(model)
-
-
-def _parameters(optimizer: Optimizer) -> frozenset[int]:
-    return frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
-
-
-def root_module(optimizer: Optimizer, *, most: bool = False) -> nn.Module:
-    """Return the outermost live module that owns every parameter of `optimizer`.
-
-    With `most` it may own the larger part of the weights, as beside a loss with weights of its own.
-
-    Several unrelated wrappers may own them (a second view of one model). The result is then the outermost module that
-    all of these share. Copies, such as an exponential moving average, own other parameters and never count.
-
-    Raises RootNotFoundError when there is none.
-    """
-    from torch import nn
-
-    parameters = _parameters(optimizer)
-    # isinstance() reads `__class__`, which makes a lazy proxy load its object. type() does not.
-    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module) and "_modules" in vars(thing)]
-    owners = [module for module in modules if _owns(module, parameters)]
-    if not owners and most:
-        owners = _owners_of_most(modules, optimizer)
-    roots = _outermost(owners)
-    if len(roots) > 1:
-        shared = set.intersection(*({id(inner) for inner in root.modules()} for root in roots))
-        roots = _outermost([module for module in owners if id(module) in shared])
-    if len(roots) == 1:
-        return roots[0]
-    if roots:
-        raise RootNotFoundError(
-            f"{len(roots)} models own the optimizer's parameters; call koopmon.attach(model, optimizer)"
-        )
-    raise RootNotFoundError(
-        "no one model owns all of the optimizer's parameters; call koopmon.attach(model, optimizer)"
-    )
-
-
-def _model_of(optimizer: Optimizer) -> str:
-    """Return the class of the model that `optimizer` updates, with that of the optimizer."""
-    try:
-        model = type(root_module(optimizer)).__name__
-    except RootNotFoundError:
-        model = "the model"
-    return f"{model} under {type(optimizer).__name__}"
-
-
-def _owns(module: nn.Module, parameters: frozenset[int]) -> bool:
-    try:
-        return parameters <= {id(parameter) for parameter in module.parameters()}
-    except BaseException as error:  # another part of the process may be building this module
-        raise_from_signal(error)
-        return False
-
-
-def _owners_of_most(modules: Sequence[nn.Module], optimizer: Optimizer) -> list[nn.Module]:
-    """Return the modules that own the most weights of `optimizer`, if these are more than half of them."""
-    sizes = {id(each): each.numel() for group in optimizer.param_groups for each in group["params"]}
-    owned: list[int] = []
-    for module in modules:
-        try:
-            owned.append(sum(sizes.get(id(each), 0) for each in module.parameters()))
-        except BaseException as error:  # another part of the process may be building this module
-            raise_from_signal(error)
-            owned.append(0)
-    largest = max(owned, default=0)
-    return [
-        each for each, size in zip(modules, owned, strict=True) if 2 * size > sum(sizes.values()) and size == largest
-    ]
-
-
-def _contains(root: nn.Module, model: nn.Module | None) -> bool:
-    return any(module is model for module in root.modules())
-
-
-def _outermost(modules: list[nn.Module]) -> list[nn.Module]:
-    inner = {id(child) for module in modules for child in module.modules() if child is not module}
-    return [module for module in modules if id(module) not in inner]

@@ -148,10 +148,10 @@ def _shared_layout(model: nn.Module, world: RankContext, search: bool) -> Parall
         return _over("fsdp1", {module.process_group.size() for module in sharded}, world)
     if world.size == 1:
         return ParallelLayout("single", True)
-    outer = getattr(model, "_orig_mod", model)  # of a wrapper that is compiled itself
-    wrapper = outer if isinstance(outer, DistributedDataParallel) else None
-    if wrapper is None:
-        wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    parts = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    if parts and set(model.parameters()) == {parameter for part in parts for parameter in part.parameters()}:
+        return _over("ddp", {part.process_group.size() for part in parts}, world)
+    wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     if wrapper is None and search:
         wrapper = next(iter(wrappers(model, DistributedDataParallel)), None)
     if wrapper is None:

@@ -34,6 +34,7 @@ from koopmon.agent.parallelism import (
     inspect_layout,
 )
 from koopmon.agent.rank_identity import RankContext, RunRendezvous, store_prefix
+from koopmon.agent.run_claims import claim
 from koopmon.agent.stats import AgentStats
 from koopmon.api import Stack
 from koopmon.config import Config
@@ -125,11 +126,14 @@ class Roles:
         model, config = self._model(), self._config
         if model is None:
             return
+        directory = os.environ.get(VARIABLE)
+        if self.run and directory and world.size == 1:
+            self.run = claim(directory, self.run)
         schedule = SnapshotSchedule(config.cadence, budget, self._stats)
         ranks = data_ranks(model, world)
         self._notices.meet(world.rank)
         rank = RankParts(world, ranks, self._stats, schedule, self._make_sender(world, ranks, family))
-        if self.run and (directory := os.environ.get(VARIABLE)):
+        if self.run and directory:
             self.kept = KeptSettings(directory, self.run, world.rank)
             self._restored = self.kept.read()
             weakref.finalize(self, self.kept.clear)

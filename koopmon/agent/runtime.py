@@ -92,6 +92,7 @@ class AgentRuntime:
         self._pid = os.getpid()
         self._selection = selection
         self._num_models = 1
+        self._is_first = first
         self._beside: list[AgentRuntime] = []
         """Watch the other stacks of the model that train, each as a run of its own."""
         self.late_beside = ""
@@ -244,6 +245,14 @@ class AgentRuntime:
         if self.late_beside:
             self._tell_beside(self.late_beside, f"{stack.name} as run {self._roles.run}")
         self._watch_beside(stack, chain.beside[: MAX_STACKS - 1])
+
+    def on_no_chain(self, reason: str) -> None:
+        if self._is_first:
+            log_for_job(logger, f"no snapshots, training goes on: {reason}")
+            return
+        names = ", ".join(stack.name for stack in self._selection.candidates)
+        log_for_job(logger, f"no snapshots of {names}, which trains too, as run {self._roles.run}: {reason}")
+        self.stand_down(reason)
 
     def on_stacks_train(self, stacks: tuple[Stack, ...]) -> None:
         if (chain := self.taps.stacks.chain) is not None:

@@ -27,18 +27,27 @@ def run_with_settings(directory: str | None, name: str | None, run: Callable[[se
     """
     received: set[signal.Signals] = set()
     status = run(received)
-    if directory is not None and name is not None and (status or received & ENDS):
-        for ended in Path(directory).glob("*.ended"):
-            if ended.name.startswith(f"{file_name(name)}."):
-                with contextlib.suppress(OSError):
-                    ended.replace(ended.with_suffix(".settings"))
-    elif directory is not None and name is not None:
-        for kept in Path(directory).glob("*.settings"):
+    if directory is None or name is None:
+        return status
+    if status or received & ENDS:
+        for ended in _files(directory, name, "ended"):
+            with contextlib.suppress(OSError):
+                ended.replace(ended.with_suffix(".settings"))
+    else:
+        for kept in _files(directory, name, "settings"):
             # The status of a shell, or of a pipeline, is not that of the training.
-            if kept.name.startswith(f"{file_name(name)}.") and _writers_parent(kept) == os.getpid():
+            if _writers_parent(kept) == os.getpid():
                 with contextlib.suppress(OSError):
                     kept.unlink()
+    for claims in _files(directory, name, "trainings"):  # of `koopmon.agent.run_claims`
+        with contextlib.suppress(OSError):
+            claims.unlink()
     return status
+
+
+def _files(directory: str, name: str, suffix: str) -> list[Path]:
+    """Return the files of the run `name`, and of its further models."""
+    return [each for each in Path(directory).glob(f"*.{suffix}") if each.name.startswith(f"{file_name(name)}.")]
 
 
 def _writers_parent(kept: Path) -> int | None:

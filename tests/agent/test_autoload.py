@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import subprocess
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 from torch.optim import AdamW
 
 from koopmon.agent.autoload import (
@@ -22,9 +19,7 @@ from koopmon.agent.autoload import (
     DIRECTORY,
     IDLE_STEPS,
     MAX_MODELS,
-    RootNotFoundError,
     _Watch,
-    root_module,
     should_attach,
 )
 from tests.agent.models import build, train_step
@@ -552,38 +547,38 @@ def test_which_processes_may_train(argv: list[str], expected: bool) -> None:
     assert should_attach({**ENDPOINT, "KOOPMON_ATTACHED_PID": "7"}, argv, 7) is expected
 
 
-class Wrapper(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
+@pytest.mark.process
+def test_an_optimizer_that_is_made_while_another_thread_attaches_is_attached_later(bench: Bench) -> None:
+    done = bench.run("""
+        import threading
+        import koopmon, torch
+        from torch import nn
+        first, second = (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)) for _ in range(2))
+        attach, begun, made = koopmon.attach, threading.Event(), threading.Event()
 
+        def slow(*args, **options):
+            koopmon.attach = attach
+            begun.set()
+            made.wait(20)
+            return attach(*args, **options)
 
-def test_the_root_is_the_outermost_wrapper() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    outer = Wrapper(Wrapper(model))
-    assert root_module(torch.optim.SGD(model.parameters(), lr=0.1)) is outer
-    assert root_module(torch.optim.SGD(model[0].parameters(), lr=0.1)) is outer, "a part of the parameters will do"
+        koopmon.attach = slow
 
+        def train(model, optimizer):
+            for _ in range(20):
+                model(torch.ones(2, 3)).sum().backward()
+                optimizer.step()
 
-def test_a_copy_is_not_the_root() -> None:
-    model = nn.Sequential(nn.Linear(2, 2))
-    average = Wrapper(copy.deepcopy(model))
-    assert root_module(torch.optim.SGD(model.parameters(), lr=0.1)) is model
-    assert root_module(torch.optim.SGD(average.parameters(), lr=0.1)) is average
-
-
-def test_two_wrappers_of_one_model_share_it_as_the_root() -> None:
-    model = nn.Sequential(nn.Linear(2, 2))
-    views = [Wrapper(model), Wrapper(Wrapper(model))]
-    assert root_module(torch.optim.SGD(model.parameters(), lr=0.1)) is model
-    del views
-
-
-def test_parameters_of_two_models_have_no_root() -> None:
-    models = [nn.Linear(2, 2), nn.Linear(2, 2)]
-    optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.1)
-    with pytest.raises(RootNotFoundError, match="no one model owns all"):
-        root_module(optimizer)
+        thread = threading.Thread(target=lambda: train(first, torch.optim.AdamW(first.parameters())))
+        thread.start()
+        begun.wait(20)
+        optimizer = torch.optim.AdamW(second.parameters())
+        made.set()
+        thread.join()
+        train(second, optimizer)
+    """)
+    assert done.returncode == 0, done.stderr
+    assert [note["what"] for note in bench.notes()].count("attach") == 2
 
 
 @pytest.mark.parametrize("num_before", [0, 1])

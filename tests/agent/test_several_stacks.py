@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from koopmon.agent.lifecycle import StoodDown
 from koopmon.agent.runtime import MAX_STACKS
 from tests.agent.models import VOCABULARY, Block, batch
 from tests.agent.scripted_monitor import ScriptedMonitor
@@ -148,3 +149,28 @@ def test_a_named_stack_is_watched_alone(monitor: ScriptedMonitor, agents: Attach
         step(model, optimizer, number)
     assert agent.status()["stack"] == "tower_a.blocks"
     assert agent._runtime._beside == []
+
+
+def test_a_later_stack_that_is_no_chain_is_told_with_a_remedy_and_its_run_ends(
+    monitor: ScriptedMonitor, agents: Attach, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = Towers(((3, 16),), in_turn=True)
+    model.later = nn.ModuleList(Block(16) for _ in range(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    agent = agents(model, optimizer, endpoint=monitor.endpoint, run="job", config=EVERY_STEP)
+    monitor.wait(lambda: agent.status()["connected"])
+    for number in range(12):
+        loss = model(batch(number))
+        if number > 2:
+            h = torch.randn(4, 6, 16)
+            loss = loss + sum(block(h).square().mean() for block in model.later)  # side by side
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    (line,) = [line for line in caplog.messages if "no snapshots" in line]
+    assert "no snapshots of later, which trains too, as run job.later" in line
+    assert "[model] stack" in line
+    assert agent.status()["enabled"]
+    (other,) = agent._runtime._beside
+    assert isinstance(other.lifecycle.state, StoodDown)

@@ -82,3 +82,10 @@ def test_a_job_under_koopmon_run(koopmon: Any, status: int, number: signal.Signa
     assert process.returncode == status
     kept = koopmon.directory / "state" / "koopmon" / "runs" / "mine.settings"
     assert kept.exists() == (status != 0 or number is signal.SIGTERM)
+
+
+def test_the_claims_of_the_jobs_trainings_are_removed(tmp_path: Path) -> None:
+    for name in ("team,one.trainings", "team,one.Critic.trainings", "team,one2.trainings"):
+        (tmp_path / name).touch()
+    run(tmp_path, 1)
+    assert [each.name for each in tmp_path.glob("*.trainings")] == ["team,one2.trainings"]

@@ -211,7 +211,7 @@ def test_a_training_that_is_attached_already_is_used_and_left_open(library: Any,
     def init(optimizer: Any, *args: Any, **kwargs: Any) -> None:
         original(optimizer, *args, **kwargs)
         if not theirs:  # as `koopmon run` does
-            from koopmon.agent.autoload import root_module
+            from koopmon.agent.model_roots import root_module
 
             theirs.append(koopmon.attach(root_module(optimizer), optimizer, endpoint=monitor.endpoint, run="theirs"))
 

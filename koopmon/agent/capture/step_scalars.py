@@ -7,6 +7,7 @@ They are measured in these steps only. Nothing waits for a device: the I/O threa
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +44,8 @@ class StepScalars:
         self._slow = SlowSignals()
         self._measures_output = False
         self._scaler = ScalerFinder()
+        self._threads: set[int] = set()
+        """Threads of the training forwards that were followed."""
         self.active = False
         """True while a step is measured."""
         self._has_whole_gradients = False
@@ -58,6 +61,7 @@ class StepScalars:
 
     def note_output(self, output: Any) -> None:
         """Note the output of the model in a training forward. The first one of the step counts."""
+        self._threads.add(threading.get_ident())
         if self.active and self._measures_output and self._log_partition is None:
             self._guarded(self._note_output, output, breaker=self._signals)
 
@@ -97,7 +101,8 @@ class StepScalars:
         self._has_whole_gradients = layout.has_whole_gradients
         if "loss" not in self._stats.logged:
             parameters = [each for optimizer in self._optimizers for each in self._optimizers.updated_by(optimizer)]
-            self._loss.begin(parameters, model if layout.hides_parameters else None)
+            in_threads = not self._threads <= {threading.get_ident()}
+            self._loss.begin(parameters, model if layout.hides_parameters else None, in_threads=in_threads)
 
     def _before_call(self, optimizer: Optimizer, closure: bool) -> None:
         self._norm.last = {}

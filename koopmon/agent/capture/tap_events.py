@@ -39,6 +39,9 @@ class TapEvents(Protocol):
     def on_chain_verified(self, chain: VerifiedChain) -> None:
         """Handle the verified chain."""
 
+    def on_no_chain(self, reason: str) -> None:
+        """Handle the end of the search, which has found no chain."""
+
     def on_stacks_train(self, stacks: tuple[Stack, ...]) -> None:
         """Handle further stacks that have begun to train since the chain was verified."""
 

@@ -33,12 +33,15 @@ from koopmon.agent.stats import AgentStats
 from koopmon.api import Observable, Point, Stack
 from koopmon.errors import PluginError
 from koopmon.logs import log_for_job
+from koopmon.no_gradients import without_gradients
 from koopmon.plugins import Selection, fall_back
 from koopmon.state_position import argument_tensors, block_input, block_output, is_state, with_block_output
 from koopmon.wire.messages import TrainingStep
 
 MAX_RESTORED = 16
 """Times that hooks are put back that others have removed."""
+# A node in the graph of gradients that no backward pass needs would count as one before all later ones of its thread.
+_read_input, _read_output = without_gradients(block_input), without_gradients(block_output)
 
 
 class ResidualTaps:
@@ -120,8 +123,7 @@ class ResidualTaps:
     def _give_up(self, reason: str) -> None:
         self.remove(reason)
         self._stats.taps_missing += 1
-        if self._is_first:
-            log_for_job(logger, f"no snapshots, training goes on: {reason}")
+        self._listener.on_no_chain(reason)
 
     # The edge between two steps.
 
@@ -367,7 +369,8 @@ class ResidualTaps:
     def _enter(self, stack: Stack, point: Point, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         again, chain, forwards = recomputing(), self.stacks.chain, self.forwards
         kept = None if chain is None else chain.stack
-        state = block_input(self.stacks.adapter, kept or stack, point.entry, args, kwargs)
+        read = block_input if kept is None or self._injections else _read_input
+        state = read(self.stacks.adapter, kept or stack, point.entry, args, kwargs)
         if not again and not forwards.in_root and self._is_new_forward(point):
             gradients = torch.is_grad_enabled() or (state is not None and in_checkpoint())
             self.hook_always()  # the loop bypasses the root
@@ -410,7 +413,8 @@ class ResidualTaps:
         if phase is ForwardPhase.VERIFYING:
             self.stacks.search.verifier.observe_output(stack, point.layer, output)
         elif phase is not ForwardPhase.IDLE and chain is not None and self._keeps(stack):
-            state = block_output(self.stacks.adapter, chain.stack, point.module, output)
+            read = block_output if self._injections else _read_output
+            state = read(self.stacks.adapter, chain.stack, point.module, output)
             if state is None or not is_state(state):
                 return None
             if not again:

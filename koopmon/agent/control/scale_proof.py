@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from koopmon.agent.control.scaled_view import RATE, close_view, number, scaled_view
+from koopmon.agent.control.scaled_view import RATE, TABLES, StepHooks, close_view, number, scaled_view
 from koopmon.errors import describe_error, raise_from_signal
 from koopmon.process_state import ProcessState
 
@@ -244,7 +244,9 @@ def _twin(optimizer: Optimizer, sample: list[Tensor], clones: list[Tensor], *, f
     }
     memo: dict[int, Any] = {**others, **by_id, id(optimizer): twin}
     for name, value in vars(optimizer).items():
-        if name.startswith("_optimizer_"):
+        if name in TABLES:
+            twin.__dict__[name] = StepHooks(name, {}, twin, lambda hook: lambda *_: None)
+        elif name.startswith("_optimizer_"):
             twin.__dict__[name] = OrderedDict()  # hooks
         elif name not in ("param_groups", "state", "step"):  # schedulers replace `step` in the instance
             try:

@@ -7,9 +7,10 @@ after a step that raised.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import UserDict
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from functools import partial
 from itertools import chain, repeat
 from typing import Any
@@ -61,19 +62,85 @@ class _Unregistered:
         pass
 
 
-class _Hooks(UserDict[int, Any]):
-    """The hooks of `optimizer` for a step of its view that calls its parent's: they are called with the optimizer."""
+TABLES = {
+    "_optimizer_step_pre_hooks": "_global_optimizer_pre_hooks",
+    "_optimizer_step_post_hooks": "_global_optimizer_post_hooks",
+}
+"""The attributes with the hooks of one optimizer, each with the name of the hooks of all optimizers in torch."""
 
-    def __init__(self, name: str, optimizer: Optimizer) -> None:
-        self.data, self._optimizer = getattr(optimizer, name), optimizer
+
+class StepHooks(UserDict[int, Any]):
+    """The hooks of the optimizer `own` for a call of the parent's step by that of `stand_in`, its view or its copy.
+
+    torch iterates over them, behind or before the hooks of all optimizers. `wrap` makes of each hook the one to call.
+    """
+
+    def __init__(self, name: str, own: Any, stand_in: Optimizer, wrap: Callable[[Any], Callable[..., Any]]) -> None:
+        self.data = own
+        self._wrap = wrap
+        self._attributes = id(vars(stand_in))
+        self._all: dict[int, Any] = vars(sys.modules[Optimizer.__module__])[TABLES[name]]
+        self._come_first = name == "_optimizer_step_post_hooks"
 
     def __getitem__(self, key: int) -> Any:
-        hook = self.data[key]
-        return lambda _, *args: hook(self._optimizer, *args)
+        return self._wrap(self.data[key])
+
+    def values(self) -> Any:
+        """Return the hooks. Those of all optimizers are wrapped for their next call, and whole again after it."""
+        if self._come_first:
+            return self._and_all()
+        self._wrap_all()
+        return super().values()
+
+    def _and_all(self) -> Iterator[Any]:
+        yield from super().values()
+        self._wrap_all()
+
+    def _wrap_all(self) -> None:
+        hooks = self._all
+        before = {key: hook for key, hook in hooks.items() if not _is_ours(hook)}
+
+        def once(key: int) -> Callable[..., Any]:
+            def call(stepping: Optimizer, *args: Any) -> Any:
+                if id(vars(stepping)) != self._attributes:
+                    return before[key](stepping, *args)  # a step in another thread
+                hooks[key] = before[key]
+                try:
+                    return self._wrap(before[key])(stepping, *args)
+                except BaseException:
+                    hooks.update({each: hook for each, hook in before.items() if each in hooks})
+                    raise
+
+            return call
+
+        hooks.update({key: once(key) for key in before})
+
+
+def _is_ours(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("koopmon.")
+
+
+def _of_optimizer(view: Any, hook: Any) -> Callable[..., Any]:
+    """Return `hook` for a call with `view`: it gets the optimizer. One of koopmon's gets the arguments as they are."""
+    optimizer = view._optimizer
+    if _is_ours(hook):
+        return lambda _, *arguments: hook(optimizer, *arguments)
+
+    def call(_: Optimizer, args: Any, kwargs: Any) -> Any:
+        result = hook(optimizer, (optimizer, *args[1:]), kwargs)
+        if isinstance(result, tuple) and len(result) == 2 and result[0] and result[0][0] is optimizer:
+            return (view, *result[0][1:]), result[1]
+        return result
+
+    return call
 
 
 def _hooks_property(name: str) -> property:
-    return property(lambda view: _Hooks(name, view._optimizer))
+    def hooks(view: Any) -> StepHooks:
+        own = getattr(view._optimizer, name)
+        return own if isinstance(own, StepHooks) else StepHooks(name, own, view, partial(_of_optimizer, view))
+
+    return property(hooks)
 
 
 def _make_view_class(kind: type[Optimizer]) -> type[Optimizer]:
@@ -87,7 +154,7 @@ def _make_view_class(kind: type[Optimizer]) -> type[Optimizer]:
         "state_dict": lambda view, *args, **kwargs: view._optimizer.state_dict(*args, **kwargs),
         "__reduce_ex__": lambda view, protocol: view._optimizer.__reduce_ex__(protocol),
     }
-    for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+    for hooks in TABLES:
         names[hooks] = _hooks_property(hooks)
     # Without the metaclass' own constructor, which may keep a register too.
     metaclass: Any = type(kind)
@@ -105,6 +172,8 @@ def close_view(view: Optimizer, optimizer: Optimizer) -> None:
     if list(map(id, own)) != list(map(id, before)):
         seen = set(map(id, own + before))
         optimizer.param_groups[:] = own + [each for each in optimizer.param_groups if id(each) not in seen]
+    for each in groups:
+        each.end()
 
 
 def _set_groups(view: Any, groups: list[Any]) -> None:
@@ -212,6 +281,12 @@ class ScaledGroup(_MappingDict):  # type: ignore[misc]
             return own * (written / (own * self._scale))  # exactly `own` if the step wrote back what it read
         except TypeError:
             return written
+
+    def end(self) -> None:
+        """Give the user's rate from now on: a view that has ended is still among the arguments of later hooks."""
+        self._scale, self._copy = 1.0, None
+        for key in self._group:
+            dict.__setitem__(self, key, self._group[key])
 
     @torch.no_grad()
     def settle(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -85,3 +86,24 @@ def test_plain_convolutions_are_told(
     train(model, optimizer)
     assert agent.status()["sent"] == 0
     assert sum("do not carry their input forward" in line for line in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("name", list(WATCHED))
+def test_a_snapshot_adds_no_node_to_the_graph_of_gradients(name: str, monitor: ScriptedMonitor, agents: Attach) -> None:
+    counts: list[list[int]] = []
+    for watched in (False, True):
+        model, optimizer = made(WATCHED[name])
+        if watched:
+            status = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP).status
+            monitor.wait(lambda status=status: status()["connected"])
+        numbers: list[int] = []
+        for step in range(6):
+            with ThreadPoolExecutor(1) as pool:  # each thread counts from 0
+                loss = pool.submit(loss_of, model, batch(step)).result()
+            numbers += [each.grad_fn._sequence_nr() for each in (loss, loss * 1.0)]  # type: ignore[union-attr]
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        counts.append([*numbers[4::2], *(after - numbers[5] for after in numbers[5::2])])
+    monitor.wait(lambda: len(monitor.shards) > 0)
+    assert counts[1] == counts[0]

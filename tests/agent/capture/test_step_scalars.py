@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD, AdamW, Optimizer
 
+from koopmon.agent.capture.step_scalars import StepScalars
+from koopmon.agent.control.optimizer_set import OptimizerSet
+from koopmon.agent.parallelism import ParallelLayout
+from koopmon.agent.stats import AgentStats
 from koopmon.wire.messages import TrainingStep
 from tests.agent.models import batch, build, checkpointed, checkpointed_reentrant, loss_of, paced
 from tests.agent.scripted_monitor import ScriptedMonitor
@@ -827,3 +833,27 @@ def test_update_rms_log_partition_and_attention_logits_are_measured_beside(
             assert all(value is not None and math.log(8) - 1 < value < 10 for value in measured)
         else:
             assert measured is None, "what a checkpoint has packed is not computed again"
+
+
+@pytest.mark.parametrize("in_threads", [False, True])
+def test_accumulators_are_found_in_a_thread_of_their_own_only_for_forwards_in_threads(
+    in_threads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scalars = StepScalars(OptimizerSet([optimizer]), AgentStats())
+    started: list[Any] = []
+    start = threading.Thread.start
+    if in_threads:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(scalars.note_output, None).result()
+    scalars.note_output(None)
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (started.append(thread), start(thread)))
+    for _ in range(2):
+        scalars.begin(model, ParallelLayout("single", True))
+        loss_of(model, batch(0)).backward()
+        scalars.end()
+    assert len(started) == (2 if in_threads else 0)
+    loss = scalars._stats.measured["loss"].get()
+    assert loss is not None
+    scalars.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -79,3 +80,26 @@ def test_an_action_changes_the_stream_and_nothing_else(
     expected = third.f(second.f(first.f(inputs(2))) + 0.25)
     assert torch.equal(model(inputs(2)), expected)
     assert agent.status()["reason"] == ""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_snapshot_adds_no_node_to_the_graph_of_gradients(case: str, monitor: ScriptedMonitor, agents: Attach) -> None:
+    """Its number in a thread decides when the gradient of a node is added to those of other threads."""
+    counts: list[list[int]] = []
+    for watched in (False, True):
+        model = Model(*CASES[case][:2])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        if watched:
+            status = agents(model, optimizer, endpoint=monitor.endpoint, config=EVERY_STEP).status
+            monitor.wait(lambda status=status: status()["connected"])
+        numbers: list[int] = []
+        for step in range(6):
+            with ThreadPoolExecutor(1) as pool:  # each thread counts from 0
+                loss = pool.submit(lambda step=step, model=model: model(inputs(step)).square().mean()).result()
+            numbers += [loss.grad_fn._sequence_nr(), (loss * 1.0).grad_fn._sequence_nr()]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        counts.append([*numbers[4::2], *(after - numbers[5] for after in numbers[5::2])])
+    monitor.wait(lambda: len(monitor.shards) > 0)
+    assert counts[1] == counts[0]

@@ -5,11 +5,14 @@ Each case trains twice: alone, and with a scale of 1/8 from step 6 to step 13. U
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import pickle
 import secrets
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from koopmon.agent.runtime import AgentRuntime
 from koopmon.config import from_mapping
@@ -468,6 +472,52 @@ def hooks_of_a_step_that_calls_its_parents(loop: Loop) -> Any:
     return optimizer
 
 
+@loop
+def hooks_of_all_optimizers_for_a_step_that_calls_its_parents(loop: Loop) -> Any:
+    AdamW([nn.Parameter(torch.zeros(1))])
+    optimizer = Nested(loop.weights, lr=0.001)
+    tables = [vars(sys.modules[Optimizer.__module__])[f"_global_optimizer_{name}_hooks"] for name in ("pre", "post")]
+
+    def before(stepping: Optimizer, args: Any, kwargs: Any) -> Any:
+        assert stepping is optimizer
+        loop.seen.append(stepping.param_groups[0]["lr"])
+        return args, kwargs
+
+    def after(stepping: Optimizer, args: Any, _: Any) -> None:
+        assert stepping is optimizer
+        loop.seen.append(args[0].param_groups[0]["lr"])
+        calls.append(loop.step)
+        if calls == [10]:
+            raise KeyboardInterrupt
+
+    def update() -> None:
+        loop.loss()
+        calls.clear()
+        handles = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+        others = [list(table.values()) for table in tables]
+        with contextlib.suppress(KeyboardInterrupt):
+            optimizer.step()
+        assert [list(table.values()) for table in tables] == others
+        for each in handles:
+            each.remove()
+
+    calls: list[int] = []
+    return optimizer, update
+
+
+@loop
+def a_later_hook_that_reads_what_the_step_was_given(loop: Loop) -> Any:
+    optimizer = Adam(loop.weights, lr=0.001)
+
+    def update() -> None:
+        if loop.step == 0:
+            optimizer.register_step_post_hook(lambda _, args, __: loop.seen.append(args[0].param_groups[0]["lr"]))
+        loop.loss()
+        optimizer.step()
+
+    return optimizer, update
+
+
 class ByName(SGD):
     """Calls its parent's step in the manner of Python 2."""
 
@@ -738,6 +788,292 @@ class Flat(SGD):
 @refused("it is not proven that the updates of Flat follow")
 def an_inner_optimizer_of_flat_copies(loop: Loop) -> Any:
     return Flat(loop.weights, lr=0.001)
+
+
+# Loops and optimizers of everyday scripts.
+
+
+SCHEDULES_OF_OTHERS: dict[str, Any] = {
+    "one cycle of betas": (lambda o: lr_scheduler.OneCycleLR(o, 3e-3, total_steps=60), adamw(0.001)),
+    "multiplicative": (lambda o: lr_scheduler.MultiplicativeLR(o, lambda _: 0.97), adamw(0.001)),
+    "plateau with a least rate": (
+        lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.9, patience=0, min_lr=1e-4),
+        sgd(0.01),
+    ),
+    "fused": (lambda o: lr_scheduler.StepLR(o, 3, 0.9), lambda weights: AdamW(weights, lr=0.001, fused=True)),
+    "maximize, decay": (
+        lambda o: lr_scheduler.StepLR(o, 3, 0.9),
+        lambda weights: AdamW(weights, lr=0.001, maximize=True, weight_decay=0.1, amsgrad=True),
+    ),
+    "decaying sums": (
+        lambda o: lr_scheduler.StepLR(o, 3, 0.9),
+        lambda weights: torch.optim.Adagrad(weights, lr=0.01, lr_decay=0.01),
+    ),
+    "one function for each group": (
+        lambda o: lr_scheduler.LambdaLR(o, [lambda step, base=base: base**step for base in (0.95, 0.97)]),
+        lambda weights: SGD([{"params": weights[:4]}, {"params": weights[4:], "lr": 0.02}], lr=0.01),
+    ),
+}
+LOOPS |= {name: scheduled(*each) for name, each in SCHEDULES_OF_OTHERS.items()}
+
+
+@loop
+def a_wrapper_that_sets_the_rate_by_the_width(loop: Loop) -> Any:
+    class Noam:
+        """As in the annotated transformer: no optimizer, and no scheduler of torch."""
+
+        def __init__(self, optimizer: Optimizer) -> None:
+            self.optimizer, self.count = optimizer, 0
+
+        def step(self) -> None:
+            self.count += 1
+            rate = 0.02 * min(self.count**-0.5, self.count * 4**-1.5)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+
+    optimizer = Adam(loop.weights, lr=0.0, betas=(0.9, 0.98))
+    wrapper = Noam(optimizer)
+
+    def update() -> None:
+        loop.loss()
+        wrapper.step()
+
+    return optimizer, update
+
+
+@loop
+def a_warm_up_that_dampens_around_the_scheduler(loop: Loop) -> Any:
+    optimizer = AdamW(loop.weights, lr=0.001)
+    schedule = lr_scheduler.CosineAnnealingLR(optimizer, 40)
+    kept = [group["lr"] for group in optimizer.param_groups]
+
+    def update() -> None:
+        loop.loss()
+        optimizer.step()
+        for group, rate in zip(optimizer.param_groups, kept, strict=True):
+            group["lr"] = rate
+        schedule.step()
+        for index, group in enumerate(optimizer.param_groups):
+            kept[index] = group["lr"]
+            group["lr"] *= min(1.0, (loop.step + 1) / 8)
+
+    return optimizer, update
+
+
+@loop
+def a_step_that_is_patched_into_the_instance(loop: Loop) -> Any:
+    optimizer: Any = AdamW(loop.weights, lr=0.001)
+    before = optimizer.step
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nn.utils.clip_grad_norm_(loop.weights, 1.0)
+        return before(*args, **kwargs)
+
+    optimizer.step = types.MethodType(step, optimizer)
+    return optimizer
+
+
+@loop
+def gradients_that_are_centred_before_the_parents_step(loop: Loop) -> Any:
+    class Centred(AdamW):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                for each in group["params"]:
+                    if each.dim() > 1:
+                        each.grad -= each.grad.mean(tuple(range(1, each.dim())), keepdim=True)
+            return super().step(closure)
+
+    AdamW([nn.Parameter(torch.zeros(1))])
+    return Centred(loop.weights, lr=0.001)
+
+
+@loop
+def a_table_of_rates_by_depth(loop: Loop) -> Any:
+    groups = [{"params": [each], "lr_scale": 0.8**index} for index, each in enumerate(loop.weights)]
+    optimizer = AdamW(groups, lr=0.001)
+
+    def update() -> None:
+        for group in optimizer.param_groups:
+            group |= {"lr": 0.001 * group["lr_scale"] * (1.0 - loop.step / 60)}
+        loop.loss()
+        optimizer.step()
+
+    return optimizer, update
+
+
+@loop
+def a_rate_that_is_set_inside_the_closure(loop: Loop) -> Any:
+    optimizer = SGD(loop.weights, lr=0.5, momentum=0.9, nesterov=True)
+
+    def closure() -> Tensor:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * 0.98**loop.step
+        return loop.loss()
+
+    return optimizer, lambda: optimizer.step(closure)
+
+
+@loop
+def an_average_that_is_kept_by_a_hook_after_the_step(loop: Loop) -> Any:
+    optimizer = AdamW(loop.weights, lr=0.001)
+    average = torch.optim.swa_utils.AveragedModel(loop.model)
+
+    def after(stepping: Optimizer, *_: Any) -> None:
+        average.update_parameters(loop.model)
+        loop.seen.append(copy.deepcopy(stepping.state_dict())["param_groups"][0]["lr"])
+
+    optimizer.register_step_post_hook(after)
+    return optimizer
+
+
+@loop
+def a_new_list_of_groups(loop: Loop) -> Any:
+    optimizer = AdamW(loop.weights, lr=0.001)
+
+    def update() -> None:
+        if loop.step in (4, 9):
+            optimizer.param_groups = [{**group, "lr": group["lr"] * 0.9} for group in optimizer.param_groups]
+        loop.loss()
+        optimizer.step()
+
+    return optimizer, update
+
+
+@loop
+def a_step_that_takes_keywords_of_its_own(loop: Loop) -> Any:
+    class Scaled(SGD):
+        def step(self, closure: Any = None, *, grad_scale: float = 1.0, **options: Any) -> Any:
+            for group in self.param_groups:
+                for each in group["params"]:
+                    each.grad.div_(grad_scale)
+            return super().step(closure)
+
+    optimizer = Scaled(loop.weights, lr=0.01)
+
+    def update() -> None:
+        loop.loss()
+        optimizer.step(grad_scale=2.0, lr_kwargs=None)
+
+    return optimizer, update
+
+
+@loop
+def sharpness_in_two_calls_around_an_inner_optimizer(loop: Loop) -> Any:
+    class Sharpness(Optimizer):
+        def __init__(self, weights: Any, **options: Any) -> None:
+            super().__init__(weights, dict(rho=0.05, **options))
+            self.inner = SGD(self.param_groups, **options)
+            self.param_groups = self.inner.param_groups
+
+        @torch.no_grad()
+        def climb(self) -> None:
+            for each in self.param_groups[0]["params"]:
+                change = each.grad * self.param_groups[0]["rho"]
+                each.add_(change)
+                self.state[each]["change"] = change
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for each in self.param_groups[0]["params"]:
+                each.sub_(self.state[each]["change"])
+            self.inner.step()
+
+    optimizer = Sharpness(loop.weights, lr=0.01)
+
+    def update() -> None:
+        loop.loss()
+        optimizer.climb()
+        loop.loss()
+        optimizer.step()
+
+    return optimizer, update
+
+
+@loop
+def an_update_that_is_repeated_after_an_exception(loop: Loop) -> Any:
+    class Flaky(Plain):
+        failed = -1
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            if loop.step in (8, 9) and self.failed != loop.step:
+                self.failed = loop.step
+                raise RuntimeError("out of memory")
+            for group in self.param_groups:
+                for each in group["params"]:
+                    each -= group["lr"] * each.grad
+
+    optimizer = Flaky(loop.weights, lr=0.01)
+    schedule = lr_scheduler.ExponentialLR(optimizer, 0.98)
+
+    def update() -> None:
+        loop.loss()
+        try:
+            optimizer.step()
+        except RuntimeError:
+            loop.seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+        schedule.step()
+
+    return optimizer, update
+
+
+@loop
+def sparse_rows_beside_the_rest(loop: Loop) -> Any:
+    first, rest = loop.weights[0], loop.weights[1:]
+    sparse, dense = torch.optim.SparseAdam([first], lr=0.002), AdamW(rest, lr=0.001)
+
+    def update() -> None:
+        loop.loss()
+        first.grad = first.grad.to_sparse(1) if first.grad is not None else None
+        sparse.step()
+        dense.step()
+
+    return [sparse, dense], update
+
+
+@loop
+def a_scheduler_that_is_resumed_before_the_first_step(loop: Loop) -> Any:
+    optimizer = SGD([{"params": loop.weights, "initial_lr": 0.02}], lr=0.02)
+    schedule = lr_scheduler.CosineAnnealingLR(optimizer, 100, last_epoch=10)
+
+    def update() -> None:
+        loop.loss()
+        optimizer.step()
+        schedule.step()
+        loop.seen.append(schedule.get_last_lr()[0])
+
+    return optimizer, update
+
+
+@loop
+def an_effective_rate_that_is_kept_in_the_group(loop: Loop) -> Any:
+    class Effective(Plain):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                group["count"] = group.get("count", 0) + 1
+                effective = group["lr"] / group["count"] ** 0.5
+                for each in group["params"]:
+                    each -= effective * each.grad
+
+    return Effective(loop.weights, lr=0.02)
+
+
+@loop
+def the_rate_of_one_optimizer_is_copied_to_another(loop: Loop) -> Any:
+    first, second = AdamW(loop.weights[:4], lr=0.001), SGD(loop.weights[4:], lr=0.01)
+
+    def update() -> None:
+        loop.loss()
+        first.param_groups[0]["lr"] *= 0.99
+        first.step()
+        second.param_groups[0]["lr"] = 10 * first.param_groups[0]["lr"]
+        second.step()
+
+    return [first, second], update
 
 
 @pytest.mark.parametrize("name", LOOPS)

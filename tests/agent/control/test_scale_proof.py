@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from koopmon.agent.control import scale_proof
 from koopmon.agent.control.scale_proof import (
@@ -834,3 +835,22 @@ def test_single_groups_without_weights_are_refused() -> None:
     optimizer = SGD([{"params": parameters()}, {"params": []}], lr=0.1)
     assert "no small parameter" in prove_groups(optimizer, {1})
     assert prove(optimizer) == ScaleProof()
+
+
+def test_the_hooks_of_all_optimizers_are_not_called_for_a_copy() -> None:
+    class Nested(SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    optimizer, calls = Nested(SGD(parameters(), lr=0.1).param_groups[0]["params"], lr=0.1), []
+    handles = [
+        register(lambda *_: calls.append(1))
+        for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook)
+    ]
+    assert prove(optimizer) == ScaleProof()
+    assert calls == []
+    set_gradients(optimizer.param_groups[0]["params"], 0)
+    optimizer.step()
+    assert len(calls) == 4, "two steps, one inside the other"
+    for each in handles:
+        each.remove()

@@ -7,11 +7,21 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.agent.instances import blindness, published, states, surgery, traversals, users_objects, what_trains, written
+from tests.agent.instances import (
+    blindness,
+    everyday,
+    published,
+    states,
+    surgery,
+    traversals,
+    users_objects,
+    what_trains,
+    written,
+)
 from tests.agent.instances.battery import Case
 from tests.agent.instances.conftest import Outcome
 
-MODULES = (blindness, published, states, surgery, traversals, users_objects, what_trains, written)
+MODULES = (blindness, everyday, published, states, surgery, traversals, users_objects, what_trains, written)
 CASES = [
     pytest.param(case, id=f"{module.__name__.rpartition('.')[2]}: {case.name}")
     for module in MODULES

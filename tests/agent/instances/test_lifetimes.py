@@ -201,6 +201,166 @@ def weights_of_tasks_beside_the_model() -> Iterator[Tensor]:
         yield update((loss_of(model, step) * torch.exp(-scales) + scales).sum(), optimizer)
 
 
+class Decoder(Net):
+    """Takes the logits of an encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(V, self.head.in_features)
+
+
+@case(1)
+def an_encoder_and_a_decoder_that_no_module_holds() -> Iterator[Tensor]:
+    encoder, decoder = Net(), Decoder()
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()])
+    for step in range(10):
+        batch = tokens(step)
+        logits = decoder(encoder(batch))
+        yield update(nn.functional.cross_entropy(logits.flatten(0, 1), batch.flatten()), optimizer)
+
+
+@case(1)
+def two_towers_with_rates_of_their_own() -> Iterator[Tensor]:
+    left, right = Net(), Net()
+    groups = [{"params": each.parameters(), "lr": rate} for each, rate in ((left, 1e-3), (right, 2e-3))]
+    optimizer = torch.optim.AdamW(groups)
+    for step in range(10):
+        one, other = left(tokens(step)).mean(1), right(tokens(step + 50)).mean(1)
+        yield update(nn.functional.cross_entropy(one @ other.T, torch.arange(len(one))), optimizer)
+
+
+@case(1)
+def an_encoder_and_a_decoder_under_a_new_optimizer_in_each_epoch() -> Iterator[Tensor]:
+    encoder, decoder = Net(), Decoder()
+    decoder.head.weight = encoder.embedding.weight  # tied
+    for epoch in range(3):
+        optimizer = torch.optim.SGD(list({*encoder.parameters(), *decoder.parameters()}), lr=0.01)
+        for step in range(4):
+            batch = tokens(4 * epoch + step)
+            logits = decoder(encoder(batch))
+            yield update(nn.functional.cross_entropy(logits.flatten(0, 1), batch.flatten()), optimizer)
+
+
+@case(1)
+def a_small_model_with_a_large_classifier_beside_it() -> Iterator[Tensor]:
+    model, classifier = Net(), nn.Linear(V, 500)
+    optimizer = torch.optim.AdamW([*model.parameters(), *classifier.parameters()])
+    for step in range(10):
+        batch = tokens(step)
+        logits = classifier(model(batch))
+        yield update(nn.functional.cross_entropy(logits.flatten(0, 1), batch.flatten()), optimizer)
+
+
+@case(1)
+def a_large_and_a_small_model_under_one_optimizer() -> Iterator[Tensor]:
+    """As a denoiser and its text encoder."""
+    large, small = Net(count=6), Net(count=2)
+    optimizer = torch.optim.AdamW([*large.parameters(), *small.parameters()])
+    for step in range(10):
+        logits = large(tokens(step)) + small(tokens(step))
+        yield update(nn.functional.cross_entropy(logits.flatten(0, 1), tokens(step).flatten()), optimizer)
+
+
+@case(1)
+def two_models_under_one_optimizer_and_then_one_of_them() -> Iterator[Tensor]:
+    encoder, decoder = Net(), Decoder()
+    optimizer: torch.optim.Optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()])
+    for step in range(12):
+        if step == 6:
+            encoder.requires_grad_(False)
+            optimizer = torch.optim.Adam(decoder.parameters())
+        logits = decoder(encoder(tokens(step)))
+        yield update(nn.functional.cross_entropy(logits.flatten(0, 1), tokens(step).flatten()), optimizer)
+
+
+@case(2)
+def a_larger_model_that_takes_the_blocks_of_a_smaller_one() -> Iterator[Tensor]:
+    small = Net()
+    yield from steps(small, sgd(small), 8)
+    large = Net(count=2)
+    large.embedding, large.blocks, large.head = (
+        small.embedding,
+        nn.ModuleList([*small.blocks, *large.blocks]),
+        small.head,
+    )
+    del small
+    yield from steps(large, sgd(large), 8, 8)
+
+
+@case(2)
+def a_teacher_and_then_its_student() -> Iterator[Tensor]:
+    teacher, student = Net(count=6), Net(count=3)
+    yield from steps(teacher, torch.optim.Adam(teacher.parameters()), 8)
+    teacher.requires_grad_(False)
+    optimizer = torch.optim.Adam(student.parameters())
+    for step in range(8):
+        batch = tokens(step)
+        with torch.no_grad():
+            goal = teacher(batch).softmax(-1)
+        yield update(nn.functional.cross_entropy(student(batch).transpose(1, 2), goal.transpose(1, 2)), optimizer)
+
+
+@case(3)
+def members_of_an_ensemble_in_each_step() -> Iterator[Tensor]:
+    members = [Net() for _ in range(3)]
+    optimizers = [torch.optim.Adam(each.parameters()) for each in members]
+    for step in range(12):
+        for member, optimizer in zip(members, optimizers, strict=True):
+            yield update(loss_of(member, step), optimizer)
+
+
+@case(2)
+def a_model_that_is_made_again_after_a_loss_that_is_not_finite() -> Iterator[Tensor]:
+    model = Net()
+    optimizer = sgd(model)
+    for step in range(12):
+        if step == 6:
+            saved = copy.deepcopy(model.state_dict())
+            model = Net()
+            model.load_state_dict(saved)
+            optimizer = sgd(model, lr=0.001)
+        yield update(loss_of(model, step), optimizer)
+
+
+@case(1)
+def an_average_that_is_made_again_in_each_epoch() -> Iterator[Tensor]:
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for epoch in range(3):
+        average = copy.deepcopy(model).requires_grad_(False)
+        for step in range(4):
+            batch = tokens(4 * epoch + step)
+            with torch.no_grad():
+                goal = average(batch)
+            yield update(loss_of(model, step) + 0.1 * (model(batch) - goal).square().mean(), optimizer)
+
+
+@case(2)
+def a_classifier_on_the_encoder_of_a_pretraining_that_is_kept() -> Iterator[Tensor]:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = Net(count=3), Decoder()
+
+        def forward(self, batch: Tensor) -> Tensor:
+            return self.decoder(self.encoder(batch))
+
+    class Classifier(nn.Module):
+        def __init__(self, encoder: nn.Module) -> None:
+            super().__init__()
+            self.encoder, self.head = encoder, nn.Linear(V, 3)
+
+        def forward(self, batch: Tensor) -> Tensor:
+            return self.head(self.encoder(batch).mean(1))
+
+    pretrained = Masked()
+    yield from steps(pretrained, torch.optim.AdamW(pretrained.parameters()), 8)
+    model = Classifier(pretrained.encoder)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(14):
+        yield update(nn.functional.cross_entropy(model(tokens(step)), tokens(step).sum(1) % 3), optimizer)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("script", "trained"), CASES, ids=[script.__name__.replace("_", " ") for script, _ in CASES])
 def test_every_model_that_trains_is_followed(
