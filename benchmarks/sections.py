@@ -480,7 +480,6 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "spectral_speed": spectral_speed,
     "spectral_floor": spectral_floor,
     "agent_overhead": agent_overhead,
-    "agent_overhead_no_copies": agent_overhead,
     "norms": norms,
     "fresh": fresh,
     "early_warning": early_warning,

@@ -143,7 +143,8 @@ def _projection(model: Document) -> list[str]:
     alone = model["arms"]["clip"]["losses"]
     best = statistics.fmean(alone[f"{model['best_rate']:g}"][: len(told["seeds"])])
     rows = []
-    for arm in ("clip", "backoff", "guarded", "projection", "capped_projection"):
+    arms = ("clip", "backoff", "guarded", "projection", "capped_projection")
+    for arm in [each for each in arms if each in told["losses"] or each in model["arms"]]:
         losses = told["losses"].get(arm) or {rate: _first(model, arm, rate, told["seeds"]) for rate in rates}
         cells = [_mean(losses.get(rate)) for rate in rates]
         near = [

@@ -17,7 +17,6 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
@@ -72,8 +71,9 @@ class BackwardLoss:
     ) -> None:
         """Listen to the backward passes of the step that begins.
 
-        `sharded` is the model if its wrapper hides the parameters from the graph: its output then has the hook.
-        `in_threads`: forwards may run in other threads than this one.
+        `sharded` is the model if its wrapper hides the parameters from the graph: its output then has the hook. With
+        forwards `in_threads` on the CPU the loss stays unknown: a node that is made here counts as one before all later
+        nodes of this thread, and these counts decide the order in which the gradients of several threads are added.
         """
         self._clear()
         if _compiles_backward():
@@ -84,7 +84,10 @@ class BackwardLoss:
             if self._root_handle is None:
                 self._root_handle = add_hook(sharded, self._breaker.hook(_weakly(self._on_output)))
             return
-        self._nodes = _accumulators(self._parameters, in_threads)  # only a graph and this list keep them alive
+        if in_threads and all(each.device.type == "cpu" for each in self._parameters):
+            self._clear()
+            return
+        self._nodes = _accumulators(self._parameters)  # only a graph and this list keep them alive
         self._handles = [node.register_prehook(self._hook) for node in self._nodes]
 
     @without_gradients
@@ -228,18 +231,11 @@ def _is_product(root: Tensor) -> bool:
     return root.grad_fn is not None and root.grad_fn.name().startswith("Mul")
 
 
-def _accumulators(parameters: list[Tensor], in_threads: bool) -> list[Any]:
-    """Return the gradient accumulators of leaves.
-
-    This makes nodes, and each counts as one before all later nodes of its thread. With forwards `in_threads` these
-    counts decide the order in which gradients are added, so that another thread makes the nodes.
-    """
-    if in_threads and all(each.device.type == "cpu" for each in parameters):  # on a device, a node keeps its stream
-        with ThreadPoolExecutor(1, "koopmon-accumulators") as pool:
-            return pool.submit(_accumulators, parameters, False).result()
+def _accumulators(parameters: Iterable[Tensor]) -> list[Any]:
+    """Return the gradient accumulators of leaves."""
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():  # a loop may step in such a mode
         with torch.inference_mode(False), torch.enable_grad():
-            return _accumulators(parameters, False)
+            return _accumulators(parameters)
     # As torch.autograd.graph.get_gradient_edge, whose guards take longer than all else.
     functions: list[Any] = [each.view_as(each).grad_fn for each in parameters]
     return [function.next_functions[0][0] for function in functions]

@@ -45,7 +45,7 @@ class StepScalars:
         self._measures_output = False
         self._scaler = ScalerFinder()
         self._threads: set[int] = set()
-        """Threads of the training forwards that were followed."""
+        """Threads of the training forwards since the last step that was measured."""
         self.active = False
         """True while a step is measured."""
         self._has_whole_gradients = False
@@ -102,6 +102,7 @@ class StepScalars:
         if "loss" not in self._stats.logged:
             parameters = [each for optimizer in self._optimizers for each in self._optimizers.updated_by(optimizer)]
             in_threads = not self._threads <= {threading.get_ident()}
+            self._threads.clear()
             self._loss.begin(parameters, model if layout.hides_parameters else None, in_threads=in_threads)
 
     def _before_call(self, optimizer: Optimizer, closure: bool) -> None:
