@@ -76,7 +76,7 @@ def test_an_unknown_placeholder_is_refused(name: str) -> None:
 def test_thresholds_follow_the_configuration() -> None:
     assert 'koopmon_risk_threshold{level="act"}' in BY_NAME["KoopmonRiskHigh"].expr
     assert f"(default {PolicyConfig().act_risk:g})" in BY_NAME["KoopmonRiskSpike"].means
-    assert f"a budget of {CadenceConfig().budget_ratio:.1%} in" in BY_NAME["KoopmonAgentOverhead"].means
+    assert f"a budget of {CadenceConfig().budget_ratio:.2%} in" in BY_NAME["KoopmonAgentOverhead"].means
 
 
 def test_names_are_unique_and_no_text_has_a_line_end() -> None:

@@ -295,6 +295,7 @@ def test_the_interval_doubles_while_copies_cost_too_much(
     training.train(40)
     assert training.facts["rewind_steps"][-1] == 40
     monkeypatch.setattr(rewind_module, "MAX_COST", 0.3)
+    training.action._credit_seconds = 0.0
     seconds = training.runtime.stats.step_seconds or 0.0
     training.action._seconds.extend([1e6, seconds, seconds, seconds, 0.0])
     training.train(1)
