@@ -140,8 +140,8 @@ def _projection(model: Document) -> list[str]:
         return []
     told = model["projection"]
     rates = list(dict.fromkeys(rate for losses in told["losses"].values() for rate in losses))
-    alone = model["arms"]["clip"]["losses"]
-    best = statistics.fmean(alone[f"{model['best_rate']:g}"][: len(told["seeds"])])
+    alone = _first(model, "clip", f"{model['best_rate']:g}", told["seeds"])
+    best = statistics.fmean(alone or [model["best_loss"]])
     rows = []
     arms = ("clip", "backoff", "guarded", "projection", "capped_projection")
     for arm in [each for each in arms if each in told["losses"] or each in model["arms"]]:

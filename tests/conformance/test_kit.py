@@ -113,11 +113,11 @@ def drawing(self: Sampler, point: int, state: Tensor) -> bool:
     return PUT(self, point, state)
 
 
-def timid(self: LrBackoff, update: Any, scale: float) -> None:
-    SCALE(self, update, scale**0.5)
+def timid(self: LrBackoff, update: Any, scale: float, factors: Any) -> None:
+    SCALE(self, update, scale**0.5, factors)
 
 
-def leaking(self: LrBackoff, update: Any, scale: float) -> None:
+def leaking(self: LrBackoff, update: Any, scale: float, factors: Any) -> None:
     for group in update.optimizer.param_groups:
         group["lr"] *= scale
 
