@@ -10,7 +10,7 @@ from koopmon.config import CadenceConfig
 
 _LEAST_CAPACITY_SECONDS = 0.1
 RESERVE = 0.5
-"""Share of the largest credit that is left to the snapshots that the monitor requests.
+"""Share of the initial credit that is left to the snapshots that the monitor requests.
 
 In a long run the calm cadence uses all that is earned. Without it nothing would be left for a closer look at a risk.
 """
@@ -29,7 +29,7 @@ class OverheadBudget:
     def __init__(self, config: CadenceConfig) -> None:
         self._ratio = config.budget_ratio
         self._capacity_seconds = max(config.initial_credit_seconds, _LEAST_CAPACITY_SECONDS)
-        self._reserve_seconds = RESERVE * self._capacity_seconds
+        self._reserve_seconds = RESERVE * config.initial_credit_seconds
         self._bytes_per_second = config.max_bytes_per_second
         self.credit_seconds = config.initial_credit_seconds
         self.credit_bytes = config.max_bytes_per_second

@@ -188,6 +188,7 @@ def test_no_initial_credit_still_lets_the_share_build_up() -> None:
     assert not budget.affords(requested=True)
     budget.earn(1.0)
     assert budget.affords(requested=True)
+    assert budget.affords(requested=False), "nothing is kept of no credit"
 
 
 def test_a_running_total_is_charged_once() -> None:
