@@ -134,13 +134,7 @@ def owns(module: nn.Module, parameters: frozenset[int]) -> bool:
 def _owners_of_most(modules: Sequence[nn.Module], optimizer: Optimizer) -> list[nn.Module]:
     """Return the modules that own the most weights of `optimizer`, if these are more than half of them."""
     sizes = {id(each): each.numel() for group in optimizer.param_groups for each in group["params"]}
-    owned: list[int] = []
-    for module in modules:
-        try:
-            owned.append(sum(sizes.get(id(each), 0) for each in module.parameters()))
-        except BaseException as error:  # another part of the process may be building this module
-            raise_from_signal(error)
-            owned.append(0)
+    owned = [sum(sizes.get(each, 0) for each in _ids(module)) for module in modules]
     largest = max(owned, default=0)
     return [
         each for each, size in zip(modules, owned, strict=True) if 2 * size > sum(sizes.values()) and size == largest

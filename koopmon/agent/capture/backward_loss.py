@@ -78,14 +78,13 @@ class BackwardLoss:
         self._clear()
         if _compiles_backward():
             return
-        self._listens = True
-        self._parameters = _spread([each for each in parameters if each.requires_grad and each.is_leaf])
+        leaves = [each for each in parameters if each.requires_grad and each.is_leaf]
+        if in_threads and sharded is None and all(each.device.type == "cpu" for each in leaves):
+            return
+        self._listens, self._parameters = True, _spread(leaves)
         if sharded is not None:
             if self._root_handle is None:
                 self._root_handle = add_hook(sharded, self._breaker.hook(_weakly(self._on_output)))
-            return
-        if in_threads and all(each.device.type == "cpu" for each in self._parameters):
-            self._clear()
             return
         self._nodes = _accumulators(self._parameters)  # only a graph and this list keep them alive
         self._handles = [node.register_prehook(self._hook) for node in self._nodes]
