@@ -7,6 +7,7 @@ They are measured in these steps only. Nothing waits for a device: the I/O threa
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -20,12 +21,13 @@ from koopmon.agent.capture.gradient_norm import GradientNorm
 from koopmon.agent.capture.log_partition import log_partition, vocabularies
 from koopmon.agent.capture.slow_signals import SlowSignals
 from koopmon.agent.capture.update_rms import UpdateRms
-from koopmon.agent.circuit_breaker import CircuitBreaker
+from koopmon.agent.circuit_breaker import CircuitBreaker, logger
 from koopmon.agent.control.kss.grad_scaler import ScalerFinder, calling_scaler
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.step_clock import has_closure
 from koopmon.agent.parallelism import ParallelLayout
 from koopmon.agent.stats import AgentStats
+from koopmon.logs import log_for_job
 
 
 class StepScalars:
@@ -46,6 +48,7 @@ class StepScalars:
         self._scaler = ScalerFinder()
         self._threads: set[int] = set()
         """Threads of the training forwards since the last step that was measured."""
+        self._told_threads = False
         self.active = False
         """True while a step is measured."""
         self._has_whole_gradients = False
@@ -103,6 +106,10 @@ class StepScalars:
             parameters = [each for optimizer in self._optimizers for each in self._optimizers.updated_by(optimizer)]
             in_threads = not self._threads <= {threading.get_ident()}
             self._threads.clear()
+            if in_threads and not self._told_threads:
+                self._told_threads = True
+                text = "forwards run in several threads: the loss may stay unmeasured; Agent.log(loss=...) sends it"
+                log_for_job(logger, text, level=logging.INFO)
             self._loss.begin(parameters, model if layout.hides_parameters else None, in_threads=in_threads)
 
     def _before_call(self, optimizer: Optimizer, closure: bool) -> None:

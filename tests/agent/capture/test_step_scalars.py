@@ -834,7 +834,10 @@ def test_update_rms_log_partition_and_attention_logits_are_measured_beside(
             assert measured is None, "what a checkpoint has packed is not computed again"
 
 
-def test_no_gradient_accumulators_are_made_while_forwards_run_in_several_threads() -> None:
+def test_no_gradient_accumulators_are_made_while_forwards_run_in_several_threads(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scalars = StepScalars(OptimizerSet([optimizer]), AgentStats())
@@ -851,5 +854,6 @@ def test_no_gradient_accumulators_are_made_while_forwards_run_in_several_threads
         pool.submit(scalars.note_output, None).result()
     scalars.note_output(None)
     assert measured() is None
+    assert caplog.text.count("the loss may stay unmeasured; Agent.log(loss=...) sends it") == 1
     assert measured() is not None, "the forwards since are of this thread"
     scalars.close()
