@@ -497,11 +497,13 @@ def _cap(case: _Case) -> Proposal | None:
         return None
     warmup = config.rewind_warmup_steps if rewinds else 0
     healthy = _healthy_rate(case, cap)
+    # Without a warm-up the rate was not too high, and a back-off in force came from the same fault.
+    scale = 1.0 if "warmup" in case.risk.causes and rewinds else state.lr_scale
     actions = [
         Action(
             kind="set_lr_scale",
             reason=f"risk {case.risk.value:.2f}: learning rate at most {cap:.3g}; {case.risk.reason}",
-            lr_scale=state.lr_scale,
+            lr_scale=scale,
             max_rate=cap,
             warmup_steps=warmup,
             expires_in_steps=config.expires_in_steps,
@@ -517,7 +519,7 @@ def _cap(case: _Case) -> Proposal | None:
                 expires_in_steps=config.expires_in_steps,
             )
         )
-    following = case.acted(max_rate=cap, num_rewinds=state.num_rewinds + rewinds, rewinding=rewinds)
+    following = case.acted(max_rate=cap, lr_scale=scale, num_rewinds=state.num_rewinds + rewinds, rewinding=rewinds)
     return tuple(actions), following, ""
 
 

@@ -997,11 +997,14 @@ def test_a_training_without_a_warm_up_goes_back_to_the_start_and_gets_one() -> N
     assert back.rewind.min_age_steps == run.config.rewind_age_steps
 
 
-def test_a_rate_that_was_lowered_before_counts_as_the_rate_in_force() -> None:
+def test_a_back_off_of_the_first_steps_ends_with_the_return_to_the_start() -> None:
     run = without_warmup()
-    run.see(HIGH, **normalised(learning_rate=0.002, lr_scale=0.5))
-    assert run.actions[1][1].rewind is not None
-    assert run.actions[1][1].rewind.max_rate == 0.0005
+    run.state = replace(run.state, lr_scale=0.5, num_cuts=1)
+    decision = run.see(HIGH, **normalised(learning_rate=0.002, lr_scale=0.5))
+    (_, cap), (_, back) = run.actions
+    assert cap.lr_scale == decision.state.lr_scale == 1.0
+    assert back.rewind is not None
+    assert back.rewind.max_rate == 0.0005, "the rate in force is 0.001"
 
 
 def test_a_rate_above_the_landing_rate_is_capped_as_at_any_alarm() -> None:

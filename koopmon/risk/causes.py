@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from koopmon.risk import start_growth
+from koopmon.risk import contraction, start_growth
 from koopmon.risk.logit_growth import GROWTH, LEAST_LOGIT
 
 if TYPE_CHECKING:
@@ -73,6 +73,12 @@ def grown_ratios(seen: Observation, start: StartGrowth) -> str:
     return f"no warm-up: the update ratio of layer {start.layer} is high after {steps} steps at the full learning rate"
 
 
+def overwritten(seen: Observation, level: float) -> str:
+    """Return the words for blocks that overwrite the stream, in a run whose largest radius was `level`."""
+    radius = f"{seen.max_spectral_radius or 0.0:.2g}"
+    return f"the blocks overwrite the stream: the largest radius fell from {level:,.0f} to {radius}"
+
+
 def _takeover(seen: Observation, _: UpdateHistory) -> str:
     largest, following = seen.max_spectral_radius, seen.next_spectral_radius
     if largest is None or following is None or not largest >= max(TAKEOVER_RADIUS, TAKEOVER_RATIO * following):
@@ -120,6 +126,15 @@ CAUSES: tuple[Cause, ...] = (
         "rate.",
         "The update ratios grow several times more slowly, and the run ends as one with a warm-up.",
         "Add a warm-up to the schedule.",
+    ),
+    Cause(
+        "contraction",
+        "Overwritten stream",
+        f"normalised layers: in {contraction.SNAPSHOTS} snapshots in a row, a largest spectral radius of at most 1 / "
+        f"{contraction.FALL:g} of that at the start. It raises the alarm",
+        _LOWER_RATE,
+        "The radius rises again, and the loss falls. Blocks that overwrite the stream learn nothing more.",
+        "Lower the peak rate, or train with Pre-LN.",
     ),
     Cause(
         "takeover",

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koopmon.config import RiskConfig
+from koopmon.risk.contraction import FALL
 from koopmon.risk.logit_growth import GROWTH, LogitGrowth
 from koopmon.risk.loss_zscore import MIN_LOSSES
 from koopmon.risk.online_detector import (
@@ -586,6 +587,20 @@ def test_a_rate_above_the_critical_one_explains_the_growth_at_the_start_by_itsel
 def test_one_unusual_batch_at_the_start_is_no_alarm() -> None:
     risks = at_the_start([0.3] * 5 + [60.0] + [0.3] * 5)
     assert all("warmup" not in risk.causes for risk in risks)
+
+
+@pytest.mark.parametrize(("exponent", "alarm"), [(0.0, True), (1.0, False)])
+def test_normalised_blocks_that_come_to_overwrite_the_stream_are_an_alarm(exponent: float, alarm: bool) -> None:
+    state, risks = RiskState(), []
+    for step, radius in enumerate([38.0] * 3 + [20.0, 10.0, 5.0, 2.0, 1.9, 1.8, 1.0, 30.0]):
+        observed = replace(seen(step, (0.8, 0.9), exponent=exponent), max_spectral_radius=radius)
+        state, risk = assess(state, observed, CONFIG)
+        risks.append(risk)
+    assert [("contraction" in risk.causes) for risk in risks] == [alarm and step in (8, 9) for step in range(11)]
+    assert risks[9].value == pytest.approx(1.0 / (1.0 + (FALL / 38.0) ** 4) if alarm else 0.0)
+    if alarm:
+        words = "the blocks overwrite the stream: the largest radius fell from 38 to 1; "
+        assert risks[9].reason.startswith(words)
 
 
 def test_an_alarm_by_the_update_ratios_is_not_by_the_logits() -> None:
