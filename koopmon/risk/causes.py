@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from koopmon.risk import contraction, start_growth
+from koopmon.risk import radius_fall, start_growth
 from koopmon.risk.logit_growth import GROWTH, LEAST_LOGIT
 
 if TYPE_CHECKING:
@@ -128,10 +128,10 @@ CAUSES: tuple[Cause, ...] = (
         "Add a warm-up to the schedule.",
     ),
     Cause(
-        "contraction",
+        "overwritten",
         "Overwritten stream",
-        f"normalised layers: in {contraction.SNAPSHOTS} snapshots in a row, a largest spectral radius of at most 1 / "
-        f"{contraction.FALL:g} of that at the start. It raises the alarm",
+        f"normalised layers: in {radius_fall.SNAPSHOTS} snapshots in a row, a largest spectral radius of at most 1 / "
+        f"{radius_fall.FALL:g} of that at the start. It raises the alarm",
         _LOWER_RATE,
         "The radius rises again, and the loss falls. Blocks that overwrite the stream learn nothing more.",
         "Lower the peak rate, or train with Pre-LN.",

@@ -32,8 +32,8 @@ the risk is therefore at least the logistic function of 4 log g, with g from `ko
 
 A new model at its full rate is damaged within the first steps, before the jumps show. For normalised layers the same
 function of the growth since the first snapshot (`koopmon.risk.start_growth`) is therefore a lower bound too, once that
-growth is 1, at a rate below the critical one. So is that of the fall of the largest
-spectral radius (`koopmon.risk.contraction`), once it is 1: blocks that overwrite the stream learn nothing more.
+growth is 1, at a rate below the critical one. So is that of the fall of the largest spectral radius
+(`koopmon.risk.radius_fall`), once it is 1: blocks that overwrite the stream learn nothing more.
 
 The measured results are in benchmarks/results.
 """
@@ -49,10 +49,10 @@ from msgspec import Meta
 
 from koopmon.config import RiskConfig
 from koopmon.risk import causes
-from koopmon.risk.contraction import Contraction
 from koopmon.risk.logit_growth import LogitGrowth
 from koopmon.risk.loss_zscore import MIN_LOSSES, LossZScore
 from koopmon.risk.normalization import normalization_from_exponent
+from koopmon.risk.radius_fall import RadiusFall
 from koopmon.risk.start_growth import LEAST_EXCESS, StartGrowth
 from koopmon.wire.messages import AtStep, TrainingStep
 
@@ -142,8 +142,8 @@ class RiskState:
     """Growth of the largest attention logit; without logits where none is known."""
     start: StartGrowth = field(default_factory=StartGrowth)
     """Growth of the update ratios since the first snapshot."""
-    contraction: Contraction = field(default_factory=Contraction)
-    """Contraction of the stream."""
+    radius_fall: RadiusFall = field(default_factory=RadiusFall)
+    """Fall of the largest spectral radius since the start."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,23 +287,29 @@ def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tu
             state,
             logits=state.logits.after(observation.step, observation.max_attention_logit),
             start=state.start.after(observation.step, observation.training.learning_rate, ratios),
-            contraction=state.contraction.after(observation.max_spectral_radius),
+            radius_fall=state.radius_fall.after(observation.max_spectral_radius),
         )
         if normalization(observation) > 0.5:
-            if (grown := _risk_of_logits(state, observation, risk)) > risk.value:
-                risk = replace(risk, value=grown)
-                if state.logits.value >= 1.0:
-                    found.setdefault("attention", causes.grown_logits(observation, state.logits.value))
-            # A smaller growth is no alarm: a lower rate would come in the way of the warm-up.
-            if state.start.value >= 1.0 and LEAST_EXCESS <= (risk.excess_rate or 0.0) < 1.0:
-                risk = replace(risk, value=max(risk.value, _risk_of_growth(state.start.value)))
-                found["warmup"] = causes.grown_ratios(observation, state.start)
-            if state.contraction.value > 0.0:
-                risk = replace(risk, value=max(risk.value, _risk_of_growth(state.contraction.value)))
-                found["contraction"] = causes.overwritten(observation, state.contraction.level)
+            risk = _with_bounds(state, observation, risk, found)
     if found:
         risk = replace(risk, causes=tuple(found), reason="; ".join((*found.values(), risk.reason)))
     return state, risk
+
+
+def _with_bounds(state: RiskState, observation: Observation, risk: OnlineRisk, found: dict[str, str]) -> OnlineRisk:
+    """Return the risk of normalised layers, with its lower bounds. Their causes are added to `found`."""
+    if (grown := _risk_of_logits(state, observation, risk)) > risk.value:
+        risk = replace(risk, value=grown)
+        if state.logits.value >= 1.0:
+            found.setdefault("attention", causes.grown_logits(observation, state.logits.value))
+    # A smaller growth is no alarm: a lower rate would come in the way of the warm-up.
+    if state.start.value >= 1.0 and LEAST_EXCESS <= (risk.excess_rate or 0.0) < 1.0:
+        risk = replace(risk, value=max(risk.value, _risk_of_growth(state.start.value)))
+        found["warmup"] = causes.grown_ratios(observation, state.start)
+    if state.radius_fall.value > 0.0:
+        risk = replace(risk, value=max(risk.value, _risk_of_growth(state.radius_fall.value)))
+        found["overwritten"] = causes.overwritten(observation, state.radius_fall.level)
+    return risk
 
 
 def _risk_of_logits(state: RiskState, observation: Observation, risk: OnlineRisk) -> float:
@@ -380,7 +386,7 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
         update_rms=state.update_rms,
         logits=state.logits,
         start=state.start,
-        contraction=state.contraction,
+        radius_fall=state.radius_fall,
     )
     lasting = restless / config.restlessness_scale
     reliable = 1.0 if observation.reliable_mode_ratio is None else observation.reliable_mode_ratio
@@ -422,7 +428,7 @@ def _with_start_and_loss(state: RiskState, observation: Observation) -> RiskStat
         update_rms=state.update_rms,
         logits=state.logits,
         start=state.start,
-        contraction=state.contraction,
+        radius_fall=state.radius_fall,
     )
 
 

@@ -20,7 +20,7 @@ SNAPSHOTS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Contraction:
+class RadiusFall:
     """Radius of the first snapshots, and the fall of the newest ones. A radius is the largest one of all layers."""
 
     level: Annotated[float, Meta(ge=0.0)] = 0.0
@@ -32,12 +32,12 @@ class Contraction:
     value: Annotated[float, Meta(ge=0.0)] = 0.0
     """Fall of the newest radius, in units of FALL; 0 until SNAPSHOTS of them have fallen."""
 
-    def after(self, radius: float | None) -> Contraction:
+    def after(self, radius: float | None) -> RadiusFall:
         """Return the history after a snapshot with the largest spectral radius `radius`; None where it is unknown."""
         if radius is None or not 0.0 < radius < math.inf:
-            return Contraction(self.level, self.num_first)
+            return RadiusFall(self.level, self.num_first)
         if self.num_first < SNAPSHOTS:
-            return Contraction(max(self.level, radius), self.num_first + 1)
+            return RadiusFall(max(self.level, radius), self.num_first + 1)
         fall = min(self.level / radius / FALL, 1e6)
         num_fallen = self.num_fallen + 1 if fall >= 1.0 else 0
-        return Contraction(self.level, SNAPSHOTS, num_fallen, fall if num_fallen >= SNAPSHOTS else 0.0)
+        return RadiusFall(self.level, SNAPSHOTS, num_fallen, fall if num_fallen >= SNAPSHOTS else 0.0)

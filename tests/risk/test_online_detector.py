@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koopmon.config import RiskConfig
-from koopmon.risk.contraction import FALL
 from koopmon.risk.logit_growth import GROWTH, LogitGrowth
 from koopmon.risk.loss_zscore import MIN_LOSSES
 from koopmon.risk.online_detector import (
@@ -28,6 +27,7 @@ from koopmon.risk.online_detector import (
     rate_excess,
     weighed,
 )
+from koopmon.risk.radius_fall import FALL
 from koopmon.risk.start_growth import LEAST_EXCESS
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.messages import TrainingStep
@@ -596,7 +596,7 @@ def test_normalised_blocks_that_come_to_overwrite_the_stream_are_an_alarm(expone
         observed = replace(seen(step, (0.8, 0.9), exponent=exponent), max_spectral_radius=radius)
         state, risk = assess(state, observed, CONFIG)
         risks.append(risk)
-    assert [("contraction" in risk.causes) for risk in risks] == [alarm and step in (8, 9) for step in range(11)]
+    assert [("overwritten" in risk.causes) for risk in risks] == [alarm and step in (8, 9) for step in range(11)]
     assert risks[9].value == pytest.approx(1.0 / (1.0 + (FALL / 38.0) ** 4) if alarm else 0.0)
     if alarm:
         words = "the blocks overwrite the stream: the largest radius fell from 38 to 1; "

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from koopmon.risk.contraction import FALL, SNAPSHOTS, Contraction
+from koopmon.risk.radius_fall import FALL, SNAPSHOTS, RadiusFall
 
 
-def follow(*radii: float | None) -> Contraction:
-    found = Contraction()
+def follow(*radii: float | None) -> RadiusFall:
+    found = RadiusFall()
     for radius in radii:
         found = found.after(radius)
     return found
@@ -42,7 +42,7 @@ def test_a_radius_that_grew_later_is_no_level() -> None:
 
 @given(st.lists(st.one_of(st.none(), st.floats())))
 def test_any_series_keeps_the_bounds(radii: list[float | None]) -> None:
-    found = Contraction()
+    found = RadiusFall()
     for radius in radii:
         found = found.after(radius)
         assert 0.0 <= found.value <= 1e6
