@@ -40,13 +40,13 @@ class StartGrowth:
 
     def after(self, step: int, rate: float | None, ratios: tuple[float, ...]) -> StartGrowth:
         """Return the history after the snapshot of `step`, with the scheduled rate; None where it is unknown."""
-        known = rate is not None and 0.0 < rate < math.inf
         if self.step is None:
-            return StartGrowth(step, rate if known else None, ratios if known else ())
+            known = rate is not None and 0.0 < rate < math.inf and ratios
+            return StartGrowth(step, rate, ratios) if known else StartGrowth(step)
         if self.rate is None or not 0 < step - self.step <= START_STEPS or len(ratios) != len(self.ratios):
             return StartGrowth(self.step)
         if rate is None or not 0.0 < rate <= MAX_RISE * self.rate:
             return StartGrowth(self.step)
         grown = [new / max(first, LEAST_RATIO) for first, new in zip(self.ratios, ratios, strict=True)]
-        layer = max(range(len(grown)), key=grown.__getitem__, default=0)
-        return StartGrowth(self.step, self.rate, self.ratios, grown[layer] / GROWTH if grown else 0.0, layer)
+        layer = grown.index(max(grown))
+        return StartGrowth(self.step, self.rate, self.ratios, grown[layer] / GROWTH, layer)

@@ -28,7 +28,6 @@ from koopmon.risk.online_detector import (
     weighed,
 )
 from koopmon.risk.radius_fall import FALL
-from koopmon.risk.start_growth import LEAST_EXCESS
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.messages import TrainingStep
 from tests.factories import observation
@@ -552,8 +551,9 @@ GROWING = [0.3 * 1.25**step for step in range(20)]
 """Update ratios that grow tenfold within 10.3 steps, and too evenly for another alarm."""
 
 
-def test_update_ratios_that_grow_tenfold_at_the_start_are_an_alarm() -> None:
-    risks = at_the_start(GROWING)
+@pytest.mark.parametrize("excess", [0.2, 0.4, 0.99])
+def test_update_ratios_that_grow_tenfold_at_the_start_are_an_alarm(excess: float) -> None:
+    risks = at_the_start(GROWING, learning_rate=excess * CONFIG.normalized_critical_rate / 100)
     assert all("warmup" not in risk.causes for risk in risks[:12])
     # The median of three is one step late: at step 12 it is the ratio of step 11.
     assert risks[12].value == pytest.approx(1.0 / (1.0 + (10.0 / 1.25**11) ** 4))
@@ -569,7 +569,7 @@ def test_update_ratios_that_grow_tenfold_at_the_start_are_an_alarm() -> None:
         {"exponent": 1.0},
         {"exponent": 0.33},
         {"learning_rate": None},
-        {"learning_rate": 0.99 * LEAST_EXCESS * CONFIG.normalized_critical_rate / 100},
+        {"learning_rate": 0.19 * CONFIG.normalized_critical_rate / 100},
     ],
 )
 def test_growth_at_the_start_alone_is_no_alarm(fields: dict[str, Any]) -> None:

@@ -20,12 +20,18 @@ def follow(*radii: float | None) -> RadiusFall:
 
 def test_the_level_is_the_largest_radius_of_the_first_snapshots() -> None:
     assert follow(20.0, 40.0, 30.0, 100.0).level == 40.0
-    assert follow(20.0, None, 40.0).num_first == 2, "an unknown radius is none of them"
+    assert follow(0.2, 0.1, 0.2, 3.0).level == 0.2
+    assert follow(20.0, None, math.inf, 40.0) == RadiusFall(40.0, 2), "an unknown radius is none of them"
 
 
 @pytest.mark.parametrize(("number", "value"), [(SNAPSHOTS - 1, 0.0), (SNAPSHOTS, 2.0), (SNAPSHOTS + 5, 2.0)])
 def test_a_fall_counts_after_some_snapshots_in_a_row(number: int, value: float) -> None:
     assert follow(*[40.0] * SNAPSHOTS, *[20.0 / FALL] * number).value == pytest.approx(value)
+
+
+def test_a_fall_of_one_unit_counts_and_the_largest_is_a_million() -> None:
+    assert follow(*[FALL] * SNAPSHOTS, 1.0, 1.0, 1.0).value == 1.0
+    assert follow(*[1e9] * SNAPSHOTS, 1e-9, 1e-9, 1e-9).value == 1e6
 
 
 @pytest.mark.parametrize("between", [41.0 / FALL, None, math.nan, 0.0])

@@ -42,6 +42,7 @@ def test_a_rate_that_rises_is_a_warm_up(rate: float, counts: bool) -> None:
 def test_an_unknown_rate_ends_the_comparison(rate: float | None) -> None:
     assert FIRST.after(5, rate, (50.0, 50.0)) == StartGrowth(3)
     assert StartGrowth().after(3, rate, (0.5,)) == StartGrowth(3)
+    assert StartGrowth().after(3, 0.01, ()).after(5, 0.01, ()) == StartGrowth(3), "no layers"
 
 
 @pytest.mark.parametrize(("step", "ratios"), [(3, (50.0, 50.0)), (2, (50.0, 50.0)), (5, (50.0,)), (5, ())])
