@@ -496,11 +496,14 @@ def _cap(case: _Case) -> Proposal | None:
     if cap is None:
         return None
     warmup = config.rewind_warmup_steps if rewinds else 0
+    healthy = _healthy_rate(case, cap)
+    # Without a warm-up the rate was not too high, and a back-off in force came from the same fault.
+    scale = 1.0 if "warmup" in case.risk.causes and rewinds else state.lr_scale
     actions = [
         Action(
             kind="set_lr_scale",
             reason=f"risk {case.risk.value:.2f}: learning rate at most {cap:.3g}; {case.risk.reason}",
-            lr_scale=state.lr_scale,
+            lr_scale=scale,
             max_rate=cap,
             warmup_steps=warmup,
             expires_in_steps=config.expires_in_steps,
@@ -511,12 +514,12 @@ def _cap(case: _Case) -> Proposal | None:
         actions.append(
             Action(
                 kind="rewind",
-                reason=f"back to the last copy from before the learning rate exceeded {cap:.3g}",
-                rewind=Rewind(max_rate=cap, min_age_steps=config.rewind_age_steps),
+                reason=f"back to the last copy from before the learning rate exceeded {healthy:.3g}",
+                rewind=Rewind(max_rate=healthy, min_age_steps=config.rewind_age_steps),
                 expires_in_steps=config.expires_in_steps,
             )
         )
-    following = case.acted(max_rate=cap, num_rewinds=state.num_rewinds + rewinds, rewinding=rewinds)
+    following = case.acted(max_rate=cap, lr_scale=scale, num_rewinds=state.num_rewinds + rewinds, rewinding=rewinds)
     return tuple(actions), following, ""
 
 
@@ -534,8 +537,20 @@ def _lower_cap(case: _Case) -> float | None:
         return None
     in_force, landing = scheduled * case.seen.training.lr_scale, scheduled / excess * config.normalized_landing_rate
     if in_force <= landing:
-        return None
+        # Without a warm-up the rate is not too high. It comes too early.
+        return min(landing, MAX_RATE) if "warmup" in case.risk.causes else None
     return min(max(min(landing, config.rewind_factor * in_force), MIN_RATE), MAX_RATE)
+
+
+def _healthy_rate(case: _Case, cap: float) -> float:
+    """Compute the largest rate up to which a copy counts as healthy.
+
+    Without a warm-up, the rate in force has done the damage from the first update on.
+    """
+    scheduled = case.seen.training.learning_rate
+    if scheduled is None or "warmup" not in case.risk.causes:
+        return cap
+    return max(min(cap, 0.5 * scheduled * case.seen.training.lr_scale), MIN_RATE)
 
 
 def _back_off(case: _Case) -> Proposal | None:

@@ -99,8 +99,8 @@ def peak_rate(
     risk = _risk_config(captured.discovery)
     width = int(captured.states[0].shape[-1])
     critical = risk.normalized_critical_rate / width
-    if has_equal_lengths(captured.states[1:]):
-        why = "the states behind the blocks have equal lengths, as in Post-LN models, which fail without an alarm"
+    if has_equal_lengths(captured.states):
+        why = "all states have equal lengths: a Post-LN model that normalises its embeddings fails without an alarm"
         return PeakRate(rate=None, low=None, high=None, reason=why)
     if loss is None:
         why = f"from the width {width} alone; a factory that returns (model, batch, loss) adds a probe"

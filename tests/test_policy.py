@@ -44,13 +44,14 @@ class Run:
     now: float = 0.0
     excess: float | None = None
     """Ratio of the scheduled rate to the critical rate."""
+    causes: tuple[str, ...] = ()
     actions: list[tuple[int, Action]] = field(default_factory=list)
 
     def see(self, risk: float, *, steps: int = 1, **fields: Any) -> Decision:
         """Pass `steps` snapshots with one risk, one step and a tenth of a second apart; return the last decision."""
         for _ in range(steps):
             seen = observation(**{"step": self.step, "max_spectral_radius": 1.2, **fields})
-            judged = OnlineRisk(value=risk, reason="r", excess_rate=self.excess)
+            judged = OnlineRisk(value=risk, reason="r", excess_rate=self.excess, causes=self.causes)
             decision = decide(self.now, self.state, seen, judged, self.config, self.kss)
             self.state = decision.state
             self.actions += [(self.step, action) for action in decision.commands if action.changes_training]
@@ -976,6 +977,55 @@ def test_layers_that_are_more_normalised_than_not_get_a_cap(exponent: float, cap
     run = auto()
     run.see(HIGH, **normalised(update_exponent=exponent))
     assert (run.state.max_rate is not None) is caps
+
+
+def without_warmup(excess: float = 0.4, **fields: Any) -> Run:
+    """A run whose rate of 0.002 is `excess` times the critical one from the first step on."""
+    run = Run(PolicyConfig(**fields), causes=("warmup",))
+    run.excess = excess
+    return run
+
+
+def test_a_training_without_a_warm_up_goes_back_to_the_start_and_gets_one() -> None:
+    run = without_warmup()
+    run.see(HIGH, **normalised(learning_rate=0.002))
+    (_, cap), (_, back) = run.actions
+    assert cap.max_rate == pytest.approx(0.5 * 0.005), "the landing rate: that of the schedule stays as it is"
+    assert (cap.lr_scale, cap.warmup_steps) == (1.0, run.config.rewind_warmup_steps)
+    assert back.rewind is not None
+    assert back.rewind.max_rate == 0.001, "no copy from after the first update"
+    assert back.rewind.min_age_steps == run.config.rewind_age_steps
+
+
+def test_a_back_off_of_the_first_steps_ends_with_the_return_to_the_start() -> None:
+    run = without_warmup()
+    run.state = replace(run.state, lr_scale=0.5, num_cuts=1)
+    decision = run.see(HIGH, **normalised(learning_rate=0.002, lr_scale=0.5))
+    (_, cap), (_, back) = run.actions
+    assert cap.lr_scale == decision.state.lr_scale == 1.0
+    assert back.rewind is not None
+    assert back.rewind.max_rate == 0.0005, "the rate in force is 0.001"
+
+
+def test_a_rate_above_the_landing_rate_is_capped_as_at_any_alarm() -> None:
+    run = without_warmup(0.9)
+    run.see(HIGH, **normalised(learning_rate=0.0045))
+    (_, cap), (_, back) = run.actions
+    assert cap.max_rate == pytest.approx(0.5 * 0.005)
+    assert back.rewind is not None
+    assert back.rewind.max_rate == pytest.approx(0.5 * 0.0045)
+
+
+@pytest.mark.parametrize(
+    ("fields", "config"), [({"rewinds": False}, {}), ({"update_exponent": 1.0}, {}), ({}, {"name": "lr"})]
+)
+def test_without_a_rewind_a_missing_warm_up_is_a_back_off(fields: dict[str, Any], config: dict[str, Any]) -> None:
+    run = without_warmup(**config)
+    run.see(HIGH, **normalised(learning_rate=0.002, **fields))
+    ((_, action),) = run.actions
+    assert (action.kind, action.max_rate) == ("set_lr_scale", None)
+    assert action.lr_scale is not None
+    assert action.lr_scale < 1.0
 
 
 @pytest.mark.parametrize("rate", [-0.5, 0.0, math.inf])

@@ -107,10 +107,27 @@ def test_without_a_loss_the_width_gives_a_wide_interval() -> None:
     assert (found.num_steps, found.alarm_rates) == (0, ())
 
 
-def test_a_stream_that_is_normalised_itself_has_no_estimate() -> None:
-    found = estimate(decoder("post"), losses())
+class Normalised(Decoder):
+    """A Post-LN decoder that normalises its embeddings."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = functional.layer_norm(self.token(tokens) + self.position.weight[: tokens.shape[1]], (WIDTH,))
+        for block in self.blocks:
+            h = block(h)
+        logits: Tensor = self.head(h)
+        return logits
+
+
+def test_a_stream_that_is_normalised_from_its_start_has_no_estimate() -> None:
+    model = Normalised("post", width=WIDTH, num_layers=2, num_heads=2, max_tokens=16, vocabulary=32)
+    found = estimate(model, losses())
     assert (found.rate, found.low, found.high) == (None, None, None)
     assert "Post-LN" in found.line()
+
+
+@pytest.mark.usefixtures("short")
+def test_a_post_ln_model_with_plain_embeddings_is_probed() -> None:
+    assert estimate(decoder("post"), losses()).num_steps > 0
 
 
 OTHER = decoder()

@@ -137,14 +137,15 @@ class Plan:
             yield from (case(lr, arm) for arm in rules for lr in RULE_RATES)
         if "faults" in self.parts:
             yield case(FAULT_RATE, "clip")
-            for failure, lr in fault_cases(self.failures):
+            for failure, lr in fault_cases(self.failures, self.rates):
                 yield from (case(lr, arm, failure) for arm in ("clip", "guarded"))
                 yield case(FAULT_RATE, "clip", REFERENCES.get(failure, ""))
 
 
-def fault_cases(failures: Sequence[Failure]) -> list[tuple[Failure, float]]:
-    """Return the rates of each fault."""
-    return [(failure, lr) for failure in failures for lr in (FAULT_RATE, *HIGHER.get(failure, ()))]
+def fault_cases(failures: Sequence[Failure], rates: Sequence[float] = RATES) -> list[tuple[Failure, float]]:
+    """Return the rates of each fault: the best one, and those of HIGHER among `rates`."""
+    further = {failure: [lr for lr in HIGHER.get(failure, ()) if lr in rates] for failure in failures}
+    return [(failure, lr) for failure in failures for lr in (FAULT_RATE, *further[failure])]
 
 
 def fault_name(failure: Failure, lr: float) -> str:
@@ -166,7 +167,7 @@ def analyse(runs: Sequence[Run], plan: Plan) -> list[dict[str, Any]]:
             if "rules" in plan.parts:
                 told["rules"] = rules_part(of(mine, failure=""))
             if "faults" in plan.parts:
-                told |= faults_part(mine, plan.failures)
+                told |= faults_part(mine, plan)
         found.append(told)
     return found
 
@@ -214,10 +215,10 @@ def projection_part(runs: Sequence[Run]) -> dict[str, Any]:
     return {"losses": losses, "held_steps": held}
 
 
-def faults_part(runs: Sequence[Run], failures: Sequence[Failure]) -> dict[str, Any]:
+def faults_part(runs: Sequence[Run], plan: Plan) -> dict[str, Any]:
     """Return the effect of each fault, alone and guarded."""
     faults = {}
-    for failure, lr in fault_cases(failures):
+    for failure, lr in fault_cases(plan.failures, plan.rates):
         reference = of(runs, failure=REFERENCES.get(failure, ""), arm="clip", lr=FAULT_RATE)
         faults[fault_name(failure, lr)] = fault(of(runs, failure=failure, lr=lr), reference)
     return {"faults": faults}
@@ -281,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES], help="large: the first two families")
     parser.add_argument("--optimizers", nargs="+", choices=("adamw", "muon"), default=("adamw", "muon"))
     parser.add_argument("--decays", type=float, nargs="+", choices=(0.0, 0.1), default=(0.0, 0.1), help="weight decay")
-    parser.add_argument("--rates", type=float, nargs="+", choices=RATES, default=RATES, help="of `rates`, `projection`")
+    parser.add_argument("--rates", type=float, nargs="+", choices=RATES, default=RATES, help="also of a fault's HIGHER")
     parser.add_argument("--failures", nargs="+", choices=FAILURES, default=FAILURES, help="of the part `faults`")
     options = parser.parse_args(arguments)
     console = campaign.console()

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from koopmon.risk import radius_fall, start_growth
 from koopmon.risk.logit_growth import GROWTH, LEAST_LOGIT
 
 if TYPE_CHECKING:
     from koopmon.risk.online_detector import Observation
+    from koopmon.risk.start_growth import StartGrowth
 
 TAKEOVER_RADIUS, TAKEOVER_RATIO = 50.0, 5.0
 """Spectral radius of a block, and its ratio to that of any other, from which the block takes over the stream.
@@ -65,6 +67,18 @@ def grown_logits(seen: Observation, growth: float) -> str:
     return f"attention logits of layer {seen.max_attention_layer} grew to {logit:,.0f}, {ratio:.1f} times their level"
 
 
+def grown_ratios(seen: Observation, start: StartGrowth) -> str:
+    """Return the words for update ratios that have grown since the first snapshot, without a warm-up."""
+    steps = seen.step - (start.step or 0)
+    return f"no warm-up: the update ratio of layer {start.layer} is high after {steps} steps at the full learning rate"
+
+
+def overwritten(seen: Observation, level: float) -> str:
+    """Return the words for blocks that overwrite the stream, in a run whose largest radius was `level`."""
+    radius = f"{seen.max_spectral_radius or 0.0:.2g}"
+    return f"the blocks overwrite the stream: the largest radius fell from {level:,.0f} to {radius}"
+
+
 def _takeover(seen: Observation, _: UpdateHistory) -> str:
     largest, following = seen.max_spectral_radius, seen.next_spectral_radius
     if largest is None or following is None or not largest >= max(TAKEOVER_RADIUS, TAKEOVER_RATIO * following):
@@ -101,6 +115,26 @@ CAUSES: tuple[Cause, ...] = (
         "The logits of the copy are smaller, and at the lower rate they stay below 1,000.",
         "Lower the peak rate, or train with QK-norm.",
         _attention,
+    ),
+    Cause(
+        "warmup",
+        "No warm-up",
+        f"normalised layers in the first {start_growth.START_STEPS} steps: an update ratio {start_growth.GROWTH:g} "
+        f"times its first value, while the learning rate is at most {start_growth.MAX_RISE:g} times its first value. "
+        "It raises the alarm",
+        "Normalised layers: back to the start, and the rate rises over `[policy] rewind_warmup_steps`. Others: lower "
+        "rate.",
+        "The update ratios grow several times more slowly, and the run ends as one with a warm-up.",
+        "Add a warm-up to the schedule.",
+    ),
+    Cause(
+        "overwritten",
+        "Overwritten stream",
+        f"normalised layers: in {radius_fall.SNAPSHOTS} snapshots in a row, a largest spectral radius of at most 1 / "
+        f"{radius_fall.FALL:g} of that at the start. It raises the alarm",
+        _LOWER_RATE,
+        "The radius rises again, and the loss falls. Blocks that overwrite the stream learn nothing more.",
+        "Lower the peak rate, or train with Pre-LN.",
     ),
     Cause(
         "takeover",

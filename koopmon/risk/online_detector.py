@@ -30,6 +30,11 @@ is not known. Two scores in [0, 1] follow, as log-odds:
 Attention logits can grow while the update ratios stay smooth. For normalised layers at a rate above the critical one,
 the risk is therefore at least the logistic function of 4 log g, with g from `koopmon.risk.logit_growth`.
 
+A new model at its full rate is damaged within the first steps, before the jumps show. For normalised layers the same
+function of the growth since the first snapshot (`koopmon.risk.start_growth`) is therefore a lower bound too, once that
+growth is 1, at a rate below the critical one. So is that of the fall of the largest spectral radius
+(`koopmon.risk.radius_fall`), once it is 1: blocks that overwrite the stream learn nothing more.
+
 The measured results are in benchmarks/results.
 """
 
@@ -47,6 +52,8 @@ from koopmon.risk import causes
 from koopmon.risk.logit_growth import LogitGrowth
 from koopmon.risk.loss_zscore import MIN_LOSSES, LossZScore
 from koopmon.risk.normalization import normalization_from_exponent
+from koopmon.risk.radius_fall import RadiusFall
+from koopmon.risk.start_growth import LEAST_EXCESS, StartGrowth
 from koopmon.wire.messages import AtStep, TrainingStep
 
 if TYPE_CHECKING:
@@ -133,6 +140,10 @@ class RiskState:
     """Update RMS of the last snapshots, oldest first."""
     logits: LogitGrowth = field(default_factory=LogitGrowth)
     """Growth of the largest attention logit; without logits where none is known."""
+    start: StartGrowth = field(default_factory=StartGrowth)
+    """Growth of the update ratios since the first snapshot."""
+    radius_fall: RadiusFall = field(default_factory=RadiusFall)
+    """Fall of the largest spectral radius since the start."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,15 +282,34 @@ def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tu
     if update_rms is not None:
         state = replace(state, update_rms=causes.remember(state.update_rms, update_rms))
     if observation.informative:
-        state = replace(state, logits=state.logits.after(observation.step, observation.max_attention_logit))
-        grown = _risk_of_logits(state, observation, risk)
-        if grown > risk.value:
-            risk = replace(risk, value=grown)
-            if state.logits.value >= 1.0:
-                found.setdefault("attention", causes.grown_logits(observation, state.logits.value))
+        ratios = tuple(max(math.exp(each) - config.update_ratio_floor, 0.0) for each in state.z)
+        state = replace(
+            state,
+            logits=state.logits.after(observation.step, observation.max_attention_logit),
+            start=state.start.after(observation.step, observation.training.learning_rate, ratios),
+            radius_fall=state.radius_fall.after(observation.max_spectral_radius),
+        )
+        if normalization(observation) > 0.5:
+            risk = _with_bounds(state, observation, risk, found)
     if found:
         risk = replace(risk, causes=tuple(found), reason="; ".join((*found.values(), risk.reason)))
     return state, risk
+
+
+def _with_bounds(state: RiskState, observation: Observation, risk: OnlineRisk, found: dict[str, str]) -> OnlineRisk:
+    """Return the risk of normalised layers, with its lower bounds. Their causes are added to `found`."""
+    if (grown := _risk_of_logits(state, observation, risk)) > risk.value:
+        risk = replace(risk, value=grown)
+        if state.logits.value >= 1.0:
+            found.setdefault("attention", causes.grown_logits(observation, state.logits.value))
+    # A smaller growth is no alarm: a lower rate would come in the way of the warm-up.
+    if state.start.value >= 1.0 and LEAST_EXCESS <= (risk.excess_rate or 0.0) < 1.0:
+        risk = replace(risk, value=max(risk.value, _risk_of_growth(state.start.value)))
+        found["warmup"] = causes.grown_ratios(observation, state.start)
+    if state.radius_fall.value > 0.0:
+        risk = replace(risk, value=max(risk.value, _risk_of_growth(state.radius_fall.value)))
+        found["overwritten"] = causes.overwritten(observation, state.radius_fall.level)
+    return risk
 
 
 def _risk_of_logits(state: RiskState, observation: Observation, risk: OnlineRisk) -> float:
@@ -287,10 +317,14 @@ def _risk_of_logits(state: RiskState, observation: Observation, risk: OnlineRisk
 
     It is 0 unless the rate in force is above the critical one: logits of healthy runs grow too.
     """
-    growth, excess = state.logits.value, risk.excess_rate
-    if growth <= 0.0 or excess is None or normalization(observation) <= 0.5:
+    excess = risk.excess_rate
+    if excess is None or excess * observation.training.lr_scale < 1.0:
         return 0.0
-    return _sigmoid(4.0 * math.log(growth)) if excess * observation.training.lr_scale >= 1.0 else 0.0
+    return _risk_of_growth(state.logits.value)
+
+
+def _risk_of_growth(growth: float) -> float:
+    return _sigmoid(4.0 * math.log(growth)) if growth > 0.0 else 0.0
 
 
 def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> tuple[RiskState, OnlineRisk]:
@@ -351,6 +385,8 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
         surprise=state.surprise,
         update_rms=state.update_rms,
         logits=state.logits,
+        start=state.start,
+        radius_fall=state.radius_fall,
     )
     lasting = restless / config.restlessness_scale
     reliable = 1.0 if observation.reliable_mode_ratio is None else observation.reliable_mode_ratio
@@ -391,6 +427,8 @@ def _with_start_and_loss(state: RiskState, observation: Observation) -> RiskStat
         surprise=state.surprise.after(observation.training.loss),
         update_rms=state.update_rms,
         logits=state.logits,
+        start=state.start,
+        radius_fall=state.radius_fall,
     )
 
 

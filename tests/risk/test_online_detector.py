@@ -3,6 +3,7 @@
 import math
 import random
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from koopmon.risk.online_detector import (
     rate_excess,
     weighed,
 )
+from koopmon.risk.radius_fall import FALL
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.messages import TrainingStep
 from tests.factories import observation
@@ -533,6 +535,72 @@ def test_grown_logits_alone_are_no_alarm(fields: dict[str, Any]) -> None:
 
 def test_the_rate_in_force_counts_for_grown_logits() -> None:
     assert with_logits([20.0] * 10 + [100.0], lr_scale=0.51)[-1].value > 0.9
+
+
+def at_the_start(ratios: Sequence[float], **fields: Any) -> list[OnlineRisk]:
+    """Risks of the first snapshots, one for each step, of normalised layers at 0.4 times the critical rate."""
+    training: dict[str, Any] = {"learning_rate": 0.4 * CONFIG.normalized_critical_rate / 100, "width": 100, **fields}
+    state, risks = RiskState(), []
+    for step, ratio in enumerate(ratios):
+        state, risk = assess(state, seen(step, (0.3, ratio), **{"exponent": 0.0, **training}), CONFIG)
+        risks.append(risk)
+    return risks
+
+
+GROWING = [0.3 * 1.25**step for step in range(20)]
+"""Update ratios that grow tenfold within 10.3 steps, and too evenly for another alarm."""
+
+
+@pytest.mark.parametrize("excess", [0.2, 0.4, 0.99])
+def test_update_ratios_that_grow_tenfold_at_the_start_are_an_alarm(excess: float) -> None:
+    risks = at_the_start(GROWING, learning_rate=excess * CONFIG.normalized_critical_rate / 100)
+    assert all("warmup" not in risk.causes for risk in risks[:12])
+    # The median of three is one step late: at step 12 it is the ratio of step 11.
+    assert risks[12].value == pytest.approx(1.0 / (1.0 + (10.0 / 1.25**11) ** 4))
+    assert "warmup" in risks[12].causes
+    assert risks[12].reason.startswith(
+        "no warm-up: the update ratio of layer 1 is high after 12 steps at the full learning rate; "
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"exponent": 1.0},
+        {"exponent": 0.33},
+        {"learning_rate": None},
+        {"learning_rate": 0.19 * CONFIG.normalized_critical_rate / 100},
+    ],
+)
+def test_growth_at_the_start_alone_is_no_alarm(fields: dict[str, Any]) -> None:
+    """Without normalisation, or at a rate that is unknown or low."""
+    risks = at_the_start(GROWING, **fields)
+    assert all("warmup" not in risk.causes for risk in risks)
+    assert max(risk.value for risk in risks) < 0.5, "that of the unsteadiness alone"
+
+
+def test_a_rate_above_the_critical_one_explains_the_growth_at_the_start_by_itself() -> None:
+    risks = at_the_start(GROWING, learning_rate=CONFIG.normalized_critical_rate / 100)
+    assert all("warmup" not in risk.causes for risk in risks)
+
+
+def test_one_unusual_batch_at_the_start_is_no_alarm() -> None:
+    risks = at_the_start([0.3] * 5 + [60.0] + [0.3] * 5)
+    assert all("warmup" not in risk.causes for risk in risks)
+
+
+@pytest.mark.parametrize(("exponent", "alarm"), [(0.0, True), (1.0, False)])
+def test_normalised_blocks_that_come_to_overwrite_the_stream_are_an_alarm(exponent: float, alarm: bool) -> None:
+    state, risks = RiskState(), []
+    for step, radius in enumerate([38.0] * 3 + [20.0, 10.0, 5.0, 2.0, 1.9, 1.8, 1.0, 30.0]):
+        observed = replace(seen(step, (0.8, 0.9), exponent=exponent), max_spectral_radius=radius)
+        state, risk = assess(state, observed, CONFIG)
+        risks.append(risk)
+    assert [("overwritten" in risk.causes) for risk in risks] == [alarm and step in (8, 9) for step in range(11)]
+    assert risks[9].value == pytest.approx(1.0 / (1.0 + (FALL / 38.0) ** 4) if alarm else 0.0)
+    if alarm:
+        words = "the blocks overwrite the stream: the largest radius fell from 38 to 1; "
+        assert risks[9].reason.startswith(words)
 
 
 def test_an_alarm_by_the_update_ratios_is_not_by_the_logits() -> None:
