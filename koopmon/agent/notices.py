@@ -76,8 +76,8 @@ class Notices:
         if result.outcome != "applied" or result.kind in _SILENT_KINDS:
             return
         self._num_changes += 1
-        # The detector's measurements follow the first part of a reason. Page and report show them.
-        reason, _, _ = one_line(result.reason, 300).partition("; ")
+        # The detector's measurements follow the action and the causes. Page and report show them.
+        reason, _, _ = one_line(result.reason, 300).partition("; unsteadiness ")
         detail = f" ({one_line(result.detail, 200)})" if result.detail else ""
         self._tell(f"step {result.step}: {reason or result.kind}{detail}")
 

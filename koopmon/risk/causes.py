@@ -121,7 +121,7 @@ CAUSES: tuple[Cause, ...] = (
         "No warm-up",
         f"normalised layers in the first {start_growth.START_STEPS} steps: an update ratio {start_growth.GROWTH:g} "
         f"times its first value, while the learning rate is at most {start_growth.MAX_RISE:g} times its first value. "
-        "It raises the alarm",
+        f"It raises the alarm; from {start_growth.EXPLAINS * start_growth.GROWTH:g} times on it explains another alarm",
         "Normalised layers: back to the start, and the rate rises over `[policy] rewind_warmup_steps`. Others: lower "
         "rate.",
         "The update ratios grow several times more slowly, and the run ends as one with a warm-up.",

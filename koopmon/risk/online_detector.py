@@ -53,7 +53,7 @@ from koopmon.risk.logit_growth import LogitGrowth
 from koopmon.risk.loss_zscore import MIN_LOSSES, LossZScore
 from koopmon.risk.normalization import normalization_from_exponent
 from koopmon.risk.radius_fall import RadiusFall
-from koopmon.risk.start_growth import LEAST_EXCESS, StartGrowth
+from koopmon.risk.start_growth import EXPLAINS, LEAST_EXCESS, StartGrowth
 from koopmon.wire.messages import AtStep, TrainingStep
 
 if TYPE_CHECKING:
@@ -302,10 +302,10 @@ def _with_bounds(state: RiskState, observation: Observation, risk: OnlineRisk, f
         risk = replace(risk, value=grown)
         if state.logits.value >= 1.0:
             found.setdefault("attention", causes.grown_logits(observation, state.logits.value))
-    # A smaller growth is no alarm: a lower rate would come in the way of the warm-up.
-    if state.start.value >= 1.0 and LEAST_EXCESS <= (risk.excess_rate or 0.0) < 1.0:
-        risk = replace(risk, value=max(risk.value, _risk_of_growth(state.start.value)))
+    if state.start.value >= EXPLAINS and LEAST_EXCESS <= (risk.excess_rate or 0.0) < 1.0:
         found["warmup"] = causes.grown_ratios(observation, state.start)
+        if state.start.value >= 1.0:
+            risk = replace(risk, value=max(risk.value, _risk_of_growth(state.start.value)))
     if state.radius_fall.value > 0.0:
         risk = replace(risk, value=max(risk.value, _risk_of_growth(state.radius_fall.value)))
         found["overwritten"] = causes.overwritten(observation, state.radius_fall.level)

@@ -14,6 +14,8 @@ START_STEPS = 20
 """Number of steps from the first snapshot on in which the ratios are compared with it."""
 GROWTH = 10.0
 """Ratio of an update ratio to its first value that counts as 1. Chosen by hand."""
+EXPLAINS = 0.4
+"""Growth in this unit from which a missing warm-up explains an alarm of another signal. Chosen by hand."""
 LEAST_RATIO = 0.25
 """Smallest first value: blocks whose last layer starts at zero begin with a ratio of 0."""
 MAX_RISE = 2.0

@@ -67,7 +67,7 @@ def result(**fields: Any) -> CommandResult:
         "outcome": "applied",
         "step": 7,
         "kind": "set_lr_scale",
-        "reason": "risk 0.86: learning rate x 0.5; peak 8",
+        "reason": "risk 0.86: learning rate x 0.5; unsteadiness 1.31 of the update ratio",
     }
     return CommandResult("c0f0c0f0", **{**values, **fields})
 
@@ -78,6 +78,10 @@ def result(**fields: Any) -> CommandResult:
         ({}, "step 7: risk 0.86: learning rate x 0.5"),
         ({"detail": "lr_scale capped at 0.6"}, "step 7: risk 0.86: learning rate x 0.5 (lr_scale capped at 0.6)"),
         ({"reason": ""}, "step 7: set_lr_scale"),
+        (
+            {"reason": "risk 0.9: learning rate x 0.5; block 0 takes over the stream: radius 110; unsteadiness 2"},
+            "step 7: risk 0.9: learning rate x 0.5; block 0 takes over the stream: radius 110",
+        ),
         ({"reason": "calm\x1b[31m\nkoopmon: forged"}, None),
         ({"kind": "stop", "reason": "stop: ruined"}, "step 7: stop: ruined"),
         ({"kind": "set_cadence"}, ""),

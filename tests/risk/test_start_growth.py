@@ -13,6 +13,10 @@ from koopmon.risk.start_growth import GROWTH, LEAST_RATIO, MAX_RISE, START_STEPS
 FIRST = StartGrowth().after(3, 0.01, (0.5, 1.0))
 
 
+def test_the_start_has_no_growth() -> None:
+    assert StartGrowth() == StartGrowth(None, None, (), 0.0, 0)
+
+
 def test_growth_is_the_ratio_to_the_first_snapshot_in_the_layer_that_grew_most() -> None:
     assert (FIRST.step, FIRST.rate, FIRST.ratios, FIRST.value) == (3, 0.01, (0.5, 1.0), 0.0)
     grown = FIRST.after(8, 0.01, (7.5, 10.0))
@@ -22,7 +26,7 @@ def test_growth_is_the_ratio_to_the_first_snapshot_in_the_layer_that_grew_most()
 
 @pytest.mark.parametrize("first", [0.0, 1e-9, 0.1, LEAST_RATIO])
 def test_a_block_that_starts_at_zero_counts_from_the_smallest_first_value(first: float) -> None:
-    assert StartGrowth().after(0, 0.01, (first,)).after(5, 0.01, (2.0,)).value == 2.0 / LEAST_RATIO / GROWTH
+    assert StartGrowth().after(0, 0.01, (first,)).after(5, 0.01, (2.0,)).value == 2.0 / 0.25 / GROWTH
 
 
 @pytest.mark.parametrize(("after", "counts"), [(1, True), (START_STEPS, True), (START_STEPS + 1, False)])
