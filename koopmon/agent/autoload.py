@@ -40,7 +40,7 @@ from koopmon.agent.model_roots import (
     root_module,
 )
 from koopmon.errors import raise_from_signal
-from koopmon.logs import log_for_job
+from koopmon.logs import announced, log_for_job
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,13 +75,17 @@ def should_attach(environ: Mapping[str, str], argv: Sequence[str], pid: int) -> 
     """Return True if a process may train under koopmon. `argv` is `sys.orig_argv`, the interpreter's own command line.
 
     Excluded processes: those without an endpoint, launchers of ranks, servers of multiprocessing, and torch's compile
-    workers. The children of an attached process, such as DataLoader workers, are excluded too.
+    workers. Children of an attached process that are its workers, such as those of a DataLoader, or that have its rank
+    are excluded too. Another script that it starts is not.
     """
-    if not environ.get("KOOPMON_ENDPOINT") or environ.get(_MARK, str(pid)) != str(pid):
+    if not environ.get("KOOPMON_ENDPOINT"):
         return False
     program = _program(argv[1:])
+    attached, _, is_rank = environ.get(_MARK, "").partition(" ")
+    is_child = attached not in ("", str(pid))
     return not (
-        program in LAUNCHERS
+        (is_child and (is_rank or program.startswith("from multiprocessing")))
+        or program in LAUNCHERS
         or os.path.basename(program) in LAUNCHERS
         or program.startswith(("from multiprocessing.forkserver", "from multiprocessing.resource_tracker"))
         or "compile_worker" in program
@@ -297,7 +301,7 @@ class _Watch:
         elif self._attached and run != job:
             self._log(f"a further model trains: {kind} is run {run}", level=logging.INFO)
         self._attached.append(attached)
-        os.environ[_MARK] = str(os.getpid())
+        os.environ[_MARK] = f"{os.getpid()} rank" if announced()[1] > 1 else str(os.getpid())
         atexit.register(agent.close)
 
     def _join(self, owner: _Attached, model: nn.Module, optimizer: Optimizer) -> None:

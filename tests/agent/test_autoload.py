@@ -189,7 +189,7 @@ def test_parameters_of_no_model_are_one_line(bench: Bench) -> None:
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_children_are_left_alone(bench: Bench) -> None:
+def test_workers_are_left_alone_and_other_scripts_are_not(bench: Bench) -> None:
     done = bench.run(
         """
         import multiprocessing, os, subprocess, sys
@@ -206,13 +206,16 @@ def test_children_are_left_alone(bench: Bench) -> None:
             exec(TRAIN)  # now this process is attached
             child = multiprocessing.get_context("fork").Process(target=train)
             child.start(); child.join(); assert child.exitcode == 0
-            subprocess.run([sys.executable, "-c", TRAIN], check=True)
-            print(os.getpid())
+            print(os.getpid(), flush=True)
+            subprocess.run([sys.executable, "-c", TRAIN + "; import os; print(os.getpid())"], check=True)
         """
     )
     assert done.returncode == 0, done.stderr
-    assert [note["what"] for note in bench.notes()] == ["attach", "close"] * 2
-    assert [note["pid"] == int(done.stdout) for note in bench.notes()] == [False, False, True, True], "a spawned rank"
+    parent, other = map(int, done.stdout.split())
+    notes = [(note["what"], note["pid"]) for note in bench.notes()]
+    assert [what for what, _ in notes[:2]] == ["attach", "close"], "a spawned rank"
+    assert parent not in (notes[0][1], notes[1][1])
+    assert notes[2:] == [("attach", parent), ("attach", other), ("close", other), ("close", parent)]
 
 
 def attached(bench: Bench, body: str) -> list[tuple[str, str | None, str | None]]:
@@ -543,8 +546,11 @@ def test_which_processes_may_train(argv: list[str], expected: bool) -> None:
     assert should_attach(ENDPOINT, argv, 7) is expected
     assert should_attach({**ENDPOINT, "RANK": "0"}, argv, 7) is expected
     assert not should_attach({}, argv, 7)
-    assert not should_attach({**ENDPOINT, "KOOPMON_ATTACHED_PID": "6"}, argv, 7)
     assert should_attach({**ENDPOINT, "KOOPMON_ATTACHED_PID": "7"}, argv, 7) is expected
+    is_worker = any(word.startswith("from multiprocessing") for word in argv)
+    assert should_attach({**ENDPOINT, "KOOPMON_ATTACHED_PID": "6"}, argv, 7) is (expected and not is_worker)
+    assert not should_attach({**ENDPOINT, "KOOPMON_ATTACHED_PID": "6 rank"}, argv, 7)
+    assert should_attach({**ENDPOINT, "KOOPMON_ATTACHED_PID": "7 rank"}, argv, 7) is expected
 
 
 @pytest.mark.process
