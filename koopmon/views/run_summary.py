@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from koopmon.errors import StoreError
+from koopmon.errors import NOT_WATCHED, StoreError
 from koopmon.history.reader import HeartbeatRow, HistoryReader, IncarnationRow
 from koopmon.history.schema import RunState
 from koopmon.views.run_view import DecisionView, TimelinePoint
@@ -109,10 +109,7 @@ class RunSummary:
         if not mine and brief:
             return ["NOT WATCHED: no training process attached: the job ended within seconds of its monitor's start"]
         if not mine:
-            return [
-                "NOT WATCHED: no training process attached; if no line above says why, the job ended before its "
-                "training reached the monitor, its Python has no koopmon, or it made no torch optimizer"
-            ]
+            return [NOT_WATCHED]
         if len(mine) == 1:
             return [mine[0].seen(), *mine[0].done(), where]
         lines = ["; ".join([f"launch {each.launch}: {each.seen()}", *each.done()]) for each in mine[-MAX_LAUNCHES:]]
