@@ -162,10 +162,13 @@ def prove_around(wrapper: Optimizer) -> ScaleProof:
 
 
 def _updates_around(wrapper: Optimizer, sample: list[Tensor], scale: float, with_closure: bool) -> list[list[float]]:
-    """Return how far a copy of `wrapper` moves each sampled parameter, if `scale` is in force in the steps inside."""
+    """Return how far a copy of `wrapper` moves each sampled parameter, if `scale` is in force in the steps inside.
+
+    It begins without states: some take back what another method did since the last step.
+    """
     torch.manual_seed(0)
     clones, gradients = [_clone(each, from_zero=False) for each in sample], [_gradient(each) for each in sample]
-    twin = _twin(wrapper, sample, clones, fresh=False)
+    twin = _twin(wrapper, sample, clones, fresh=True)
     inside = list(OptimizerSet(twin))
 
     def closure() -> Tensor:
