@@ -76,7 +76,7 @@ def should_attach(environ: Mapping[str, str], argv: Sequence[str], pid: int) -> 
     """Return True if a process may train under koopmon. `argv` is `sys.orig_argv`, the interpreter's own command line.
 
     Excluded processes: those without an endpoint, launchers of ranks, servers of multiprocessing, and torch's compile
-    workers. What one of several attached ranks starts is excluded too: it has the same rank in its environment.
+    workers. Children of one of several attached ranks are excluded too: they have its rank in their environment.
     """
     if not environ.get("KOOPMON_ENDPOINT"):
         return False
