@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from types import FrameType
 
+NOT_WATCHED = (
+    "NOT WATCHED: no training process attached; if no line above says why, the job ended before its training reached "
+    "the monitor, its Python has no koopmon, it replaces the PYTHONPATH of `koopmon run`, or it made no torch optimizer"
+)
+"""Closing line of a job without a launch."""
 _RAISE = opcode.opmap["RAISE_VARARGS"]
 _VARARGS = 0x04
 """inspect.CO_VARARGS; importing inspect takes 4 ms."""

@@ -19,7 +19,7 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -40,7 +40,8 @@ from koopmon.agent.model_roots import (
     root_module,
 )
 from koopmon.errors import raise_from_signal
-from koopmon.logs import log_for_job
+from koopmon.logs import announced, log_for_job
+from koopmon.run_names import stack_run_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,13 +76,15 @@ def should_attach(environ: Mapping[str, str], argv: Sequence[str], pid: int) -> 
     """Return True if a process may train under koopmon. `argv` is `sys.orig_argv`, the interpreter's own command line.
 
     Excluded processes: those without an endpoint, launchers of ranks, servers of multiprocessing, and torch's compile
-    workers. The children of an attached process, such as DataLoader workers, are excluded too.
+    workers. Children of one of several attached ranks are excluded too: they have its rank in their environment.
     """
-    if not environ.get("KOOPMON_ENDPOINT") or environ.get(_MARK, str(pid)) != str(pid):
+    if not environ.get("KOOPMON_ENDPOINT"):
         return False
     program = _program(argv[1:])
+    attached, _, is_rank = environ.get(_MARK, "").partition(" ")
     return not (
-        program in LAUNCHERS
+        (is_rank and attached != str(pid))
+        or program in LAUNCHERS
         or os.path.basename(program) in LAUNCHERS
         or program.startswith(("from multiprocessing.forkserver", "from multiprocessing.resource_tracker"))
         or "compile_worker" in program
@@ -105,6 +108,7 @@ def arm() -> bool:
     """Wait for torch's optimizers. Returns False, and does nothing, in a process that must not be attached."""
     if not should_attach(os.environ, sys.orig_argv, os.getpid()):
         return False
+    _name_child(os.environ, os.getpid())
     watch = _Watch()
     _log.addFilter(watch.is_news)
     os.register_at_fork(after_in_child=watch.on_fork)
@@ -113,6 +117,15 @@ def arm() -> bool:
     else:
         sys.meta_path.insert(0, watch)
     return True
+
+
+def _name_child(environ: MutableMapping[str, str], pid: int) -> None:
+    """Give the child of an attached process a run of its own: that of its parent goes on beside it."""
+    run = environ.get("KOOPMON_RUN")
+    if environ.get(_MARK, str(pid)).partition(" ")[0] != str(pid):
+        del environ[_MARK]
+        if run:
+            environ["KOOPMON_RUN"] = stack_run_name(run, "child")
 
 
 @dataclass(slots=True, eq=False)
@@ -297,7 +310,7 @@ class _Watch:
         elif self._attached and run != job:
             self._log(f"a further model trains: {kind} is run {run}", level=logging.INFO)
         self._attached.append(attached)
-        os.environ[_MARK] = str(os.getpid())
+        os.environ[_MARK] = f"{os.getpid()} rank" if announced()[1] > 1 else str(os.getpid())
         atexit.register(agent.close)
 
     def _join(self, owner: _Attached, model: nn.Module, optimizer: Optimizer) -> None:
@@ -310,8 +323,6 @@ class _Watch:
 
     def _run_of(self, job: str, kind: str) -> str:
         """Return the name of a run for a model of the class `kind`: equal on all ranks, whenever they free a model."""
-        from koopmon.run_names import stack_run_name
-
         free = next((each for each in self._free_runs if each[0] in (kind, "")), None)
         if free is not None:
             self._free_runs.remove(free)

@@ -1,4 +1,4 @@
-"""Lines of rank 0 for the person who started the job: attached, each change of the training, and the end.
+"""Lines of rank 0 for the person who started the job: attached, each change of the training, refusals, and the end.
 
 They are news and no faults, so that they are logged at INFO. A job that shows no log of that level gets them on
 standard error. KOOPMON_NOTICES selects the lines: `all`, `changes` without the closing line, or `none`.
@@ -29,6 +29,10 @@ _SILENT_KINDS = ("set_cadence", "rewind")
 """Kinds of commands without a line: one changes nothing, and the action of the other logs the step it returned to."""
 
 
+MAX_REFUSALS = 3
+"""Reasons of refused commands with a line."""
+
+
 class Notices:
     """The lines of one attached training. `rank` is None until the ranks are known."""
 
@@ -39,6 +43,7 @@ class Notices:
         self._rank: int | None = None
         self._run = ""
         self._num_changes = 0
+        self._refusals: set[str] = set()
         self._closed = False
 
     def silence(self) -> None:
@@ -72,7 +77,11 @@ class Notices:
         self._tell(f"run {run}: attached to {model_name(model)}: {blocks}; {ranks}; {_names(optimizers)}; {role}")
 
     def changed(self, result: CommandResult) -> None:
-        """Print a command that is in force on all ranks. Called on rank 0."""
+        """Print a command that is in force on all ranks, or one that is refused for a new reason. Called on rank 0."""
+        is_new = result.detail not in {"", *self._refusals}
+        if result.outcome == "refused" and is_new and len(self._refusals) < MAX_REFUSALS:
+            self._refusals.add(result.detail)
+            self._tell(f"step {result.step}: a command is refused: {one_line(result.detail, 300)}")
         if result.outcome != "applied" or result.kind in _SILENT_KINDS:
             return
         self._num_changes += 1

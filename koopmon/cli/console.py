@@ -34,6 +34,8 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """Print a warning or an error, which `koopmon -q` prints too. A closed standard error is ignored."""
+    if sys.stderr is None:
+        return  # print() would write to standard output, which belongs to the job
     try:
         print(f"koopmon: {text}", file=sys.stderr, flush=True)  # noqa: T201 - standard error of the command line
     except (OSError, ValueError):

@@ -15,6 +15,7 @@ from koopmon.cli.ended_settings import run_with_settings
 from koopmon.cli.launch_inspection import isolation, run_store, script_name, spread
 from koopmon.cli.supervise import check_command, run_job, signals_held
 from koopmon.config import Config
+from koopmon.errors import NOT_WATCHED
 from koopmon.run_names import new_run_name
 from koopmon.wire.auth_policy import PLAINTEXT_VARIABLE, make_auth_policy
 
@@ -92,7 +93,7 @@ def run_with_shared_monitor(
     if named is not None and found.reply is not None:
         ended = probe(endpoint, trust, run=named, timeout_seconds=ANSWER_SECONDS).reply
         if ended is not None and ended.run_state is None:
-            warn(f"{whose}NOT WATCHED: no training process attached")
+            warn(f"{whose}{NOT_WATCHED}")
     return status
 
 

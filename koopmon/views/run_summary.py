@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from koopmon.errors import StoreError
+from koopmon.errors import NOT_WATCHED, StoreError
 from koopmon.history.reader import HeartbeatRow, HistoryReader, IncarnationRow
 from koopmon.history.schema import RunState
 from koopmon.views.run_view import DecisionView, TimelinePoint
@@ -21,7 +21,7 @@ MAX_LAUNCHES = 5
 """Launches of one job with a closing line of their own."""
 SHOWN_RISK = 0.005
 """A lower risk is 0.00 in words."""
-_SENT = frozenset({"sent", "applied", "unanswered", "pending"})
+_OPEN = frozenset({"unanswered", "pending"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +91,8 @@ class RunSummary:
     first_lr_scale: float = 1.0
     """LR scale at the first snapshot: below 1 if an earlier launch left it in force."""
     first_kss_alpha: float = 0.0
+    num_unanswered: int = 0
+    """Number of commands to change the training that no agent has answered, as at the end of a job."""
     broken_step: int | None = None
     """Step from which on states or loss were not finite, to the last snapshot; None if the last one was finite."""
     launch: int = 0
@@ -109,10 +111,7 @@ class RunSummary:
         if not mine and brief:
             return ["NOT WATCHED: no training process attached: the job ended within seconds of its monitor's start"]
         if not mine:
-            return [
-                "NOT WATCHED: no training process attached; if no line above says why, the job ended before its "
-                "training reached the monitor, its Python has no koopmon, or it made no torch optimizer"
-            ]
+            return [NOT_WATCHED]
         if len(mine) == 1:
             return [mine[0].seen(), *mine[0].done(), where]
         lines = ["; ".join([f"launch {each.launch}: {each.seen()}", *each.done()]) for each in mine[-MAX_LAUNCHES:]]
@@ -168,6 +167,8 @@ class RunSummary:
             acted.append(f"{_commands(self.num_held_back)} held back: this job was only watched")
         if self.num_refused:
             acted.append(f"{_commands(self.num_refused)} not applied")
+        if self.num_unanswered:
+            acted.append(f"{_commands(self.num_unanswered)} without an answer")
         return acted
 
 
@@ -239,14 +240,14 @@ def _summary(run: RecordedRun, store: Path) -> RunSummary:
     hellos = [row.hello for row in run.launches if row.hello is not None]
     worst = max(run.points, key=lambda point: point.risk, default=None)
     commands = [each for decision in run.decisions for each in decision.commands]
-    sent = [each.command for each in commands if each.outcome in _SENT]
+    applied = [each.command for each in commands if each.outcome == "applied"]
     held = run.points[0].training if run.points else TrainingStep(step=0)
-    scales = [held.lr_scale, *(command.lr_scale for command in sent if command.lr_scale is not None)]
-    alphas = [held.kss_alpha, *(command.kss.alpha for command in sent if command.kss is not None)]
+    scales = [held.lr_scale, *(command.lr_scale for command in applied if command.lr_scale is not None)]
+    alphas = [held.kss_alpha, *(command.kss.alpha for command in applied if command.kss is not None)]
     backoffs = [new for old, new in pairwise(scales) if new < old]
     raised = [new for old, new in pairwise(alphas) if new > old]
     outcomes = [each.outcome for each in commands]
-    applied = [each.command.kind for each in commands if each.outcome == "applied"]
+    kinds = [command.kind for command in applied]
     return RunSummary(
         run=run.name,
         adapter=hellos[-1].adapter if hellos else None,
@@ -256,16 +257,17 @@ def _summary(run: RecordedRun, store: Path) -> RunSummary:
         max_risk_step=None if worst is None else worst.step,
         num_backoffs=len(backoffs),
         min_lr_scale=min(backoffs, default=1.0),
-        num_rewinds=sum(command.rewind is not None for command in sent),
-        max_rate=min((command.max_rate for command in sent if command.max_rate is not None), default=None),
+        num_rewinds=sum(command.rewind is not None for command in applied),
+        max_rate=min((command.max_rate for command in applied if command.max_rate is not None), default=None),
         num_kss=len(raised),
         max_kss_alpha=max(raised, default=0.0),
         num_held_back=outcomes.count("dry_run"),
         num_refused=sum(outcome in {"refused", "failed", "expired"} for outcome in outcomes),
+        num_unanswered=sum(each.outcome in _OPEN and each.command.kind != "set_cadence" for each in commands),
         max_overhead_ratio=max((row.overhead_ratio for row in run.beats), default=None),
         store=str(store),
-        num_stops=applied.count("stop"),
-        num_checkpoints=applied.count("checkpoint"),
+        num_stops=kinds.count("stop"),
+        num_checkpoints=kinds.count("checkpoint"),
         first_lr_scale=held.lr_scale,
         first_kss_alpha=held.kss_alpha,
         broken_step=_broken_step(run.points),

@@ -19,6 +19,7 @@ from koopmon.agent.autoload import (
     DIRECTORY,
     IDLE_STEPS,
     MAX_MODELS,
+    _name_child,
     _Watch,
     should_attach,
 )
@@ -189,12 +190,13 @@ def test_parameters_of_no_model_are_one_line(bench: Bench) -> None:
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_children_are_left_alone(bench: Bench) -> None:
+def test_workers_are_left_alone_and_other_scripts_are_not(bench: Bench) -> None:
     done = bench.run(
         """
         import multiprocessing, os, subprocess, sys
 
         TRAIN = "import torch; m = torch.nn.Linear(2, 2); torch.optim.SGD(m.parameters(), lr=0.1)"
+        SHOW = "; import os; print(os.getpid(), os.environ['KOOPMON_RUN'])"
 
         def train():
             exec(TRAIN)
@@ -206,13 +208,18 @@ def test_children_are_left_alone(bench: Bench) -> None:
             exec(TRAIN)  # now this process is attached
             child = multiprocessing.get_context("fork").Process(target=train)
             child.start(); child.join(); assert child.exitcode == 0
-            subprocess.run([sys.executable, "-c", TRAIN], check=True)
-            print(os.getpid())
+            print(os.getpid(), flush=True)
+            subprocess.run([sys.executable, "-c", TRAIN + SHOW], check=True)
         """
     )
     assert done.returncode == 0, done.stderr
-    assert [note["what"] for note in bench.notes()] == ["attach", "close"] * 2
-    assert [note["pid"] == int(done.stdout) for note in bench.notes()] == [False, False, True, True], "a spawned rank"
+    *pids, run = done.stdout.split()
+    assert run == "autoload-test.child"
+    parent, other = map(int, pids)
+    notes = [(note["what"], note["pid"]) for note in bench.notes()]
+    assert [what for what, _ in notes[:2]] == ["attach", "close"], "a spawned rank"
+    assert parent not in (notes[0][1], notes[1][1])
+    assert notes[2:] == [("attach", parent), ("attach", other), ("close", other), ("close", parent)]
 
 
 def attached(bench: Bench, body: str) -> list[tuple[str, str | None, str | None]]:
@@ -543,8 +550,23 @@ def test_which_processes_may_train(argv: list[str], expected: bool) -> None:
     assert should_attach(ENDPOINT, argv, 7) is expected
     assert should_attach({**ENDPOINT, "RANK": "0"}, argv, 7) is expected
     assert not should_attach({}, argv, 7)
-    assert not should_attach({**ENDPOINT, "KOOPMON_ATTACHED_PID": "6"}, argv, 7)
     assert should_attach({**ENDPOINT, "KOOPMON_ATTACHED_PID": "7"}, argv, 7) is expected
+    assert should_attach({**ENDPOINT, "KOOPMON_ATTACHED_PID": "6"}, argv, 7) is expected
+    assert not should_attach({**ENDPOINT, "KOOPMON_ATTACHED_PID": "6 rank"}, argv, 7)
+    assert should_attach({**ENDPOINT, "KOOPMON_ATTACHED_PID": "7 rank"}, argv, 7) is expected
+
+
+@pytest.mark.parametrize(
+    ("mark", "named"), [("6", "job.child"), ("6 rank", "job.child"), ("7", "job"), ("7 rank", "job"), (None, "job")]
+)
+def test_a_child_of_an_attached_process_has_a_run_of_its_own(mark: str | None, named: str) -> None:
+    environ = {"KOOPMON_RUN": "job"} | ({"KOOPMON_ATTACHED_PID": mark} if mark else {})
+    for _ in range(2):
+        _name_child(environ, 7)
+        assert environ["KOOPMON_RUN"] == named
+    nameless = {"KOOPMON_ATTACHED_PID": "6"}
+    _name_child(nameless, 7)
+    assert nameless == {}
 
 
 @pytest.mark.process

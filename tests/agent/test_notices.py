@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW
 import koopmon
 from koopmon.agent import notices as notices_module
 from koopmon.agent.control.actuator import CommandResult
-from koopmon.agent.notices import Notices, model_name
+from koopmon.agent.notices import MAX_REFUSALS, Notices, model_name
 from koopmon.agent.stats import AgentStats
 from koopmon.wire.messages import Applied
 from tests.agent.models import build, train_step
@@ -87,6 +87,7 @@ def result(**fields: Any) -> CommandResult:
         ({"kind": "set_cadence"}, ""),
         ({"kind": "rewind"}, ""),
         ({"outcome": "refused"}, ""),
+        ({"outcome": "refused", "detail": "SGD does not follow"}, "step 7: a command is refused: SGD does not follow"),
         ({"outcome": "duplicate"}, ""),
     ],
 )
@@ -107,6 +108,15 @@ def closing(capsys: pytest.CaptureFixture[str], notices: Notices, *, seen: bool 
     for _ in range(2):
         notices.closed(Applied(**applied), "")
     return capsys.readouterr().err
+
+
+def test_each_reason_of_a_refusal_is_one_line_and_few_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    notices = made()
+    for number in range(2 * MAX_REFUSALS):
+        for _ in range(2):
+            notices.changed(result(outcome="refused", detail=f"reason {number}"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"koopmon: step 7: a command is refused: reason {number}" for number in range(MAX_REFUSALS)]
 
 
 def test_the_end_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from koopmon.errors import NOT_WATCHED
+
 pytestmark = pytest.mark.process
 
 PYTHON = sys.executable
@@ -242,8 +244,27 @@ def test_a_port_that_is_taken_is_refused_before_the_job_starts(koopmon: Any, one
         one_line(koopmon("run", "--http", address, "--", "echo", "on"), address, "in use")
 
 
+def test_a_line_for_a_closed_standard_error_is_left_out(koopmon: Any) -> None:
+    launcher = [
+        sys.executable,
+        "-m",
+        "koopmon",
+        "run",
+        "--monitor",
+        koopmon.endpoint,
+        "--run",
+        "mine",
+        "--",
+        "echo",
+        "on",
+    ]
+    done = koopmon.python("-c", f"import os; os.close(2); os.execv({sys.executable!r}, {launcher})")
+    assert done.stdout == b"on\n", "standard output is the job's"
+
+
 def test_a_shared_monitor_has_a_first_and_a_last_line(koopmon: Any) -> None:
     done = koopmon("run", "--monitor", koopmon.endpoint, "--run", "mine", "--", "true")
     first, last = done.stderr.decode().splitlines()
     assert first == f"koopmon: run mine: the job starts, and reports to the monitor at {koopmon.endpoint}"
-    assert last == "koopmon: run mine: NOT WATCHED: no training process attached"
+    assert last == f"koopmon: run mine: {NOT_WATCHED}"
+    assert "PYTHONPATH" in last

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -183,6 +184,30 @@ def test_a_launch_without_a_snapshot_was_not_watched(tmp_path: Path) -> None:
     text = writer.summary()
     assert text.startswith("NOT WATCHED: no snapshot was seen; ")
     assert "nothing was done" not in text
+
+
+@pytest.mark.parametrize("outcome", ["pending", "unanswered", "refused"])
+def test_a_command_that_was_not_applied_is_no_action(tmp_path: Path, outcome: Any) -> None:
+    writer = Writer(tmp_path / "h.sqlite3")
+    writer.store.record_hello(1.0, hello(**WHO))
+    writer.saw(3, 0.9)
+    command = Command(**WHO, id="00000001", kind="set_lr_scale", reason="because", expires_step=9, lr_scale=0.5)
+    cadence = Command(**WHO, id="00000002", kind="set_cadence", reason="because", expires_step=9)
+    writer.store.record_decision(
+        1.0,
+        RUN,
+        INCARNATION,
+        3,
+        phase="acting",
+        reason="because",
+        risk=0.9,
+        commands=[command, cadence],
+        outcome=outcome,
+    )
+    text = writer.summary()
+    assert "back-off" not in text
+    assert ("1 command without an answer" in text) == (outcome != "refused")
+    assert ("not applied" in text) == (outcome == "refused")
 
 
 def test_requests_to_the_loop_are_counted(tmp_path: Path) -> None:

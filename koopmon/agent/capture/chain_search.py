@@ -24,7 +24,7 @@ PATIENCE = 8
 """Training forwards with skipped blocks after which a block that no forward has called counts as skipped too."""
 MAX_PARTIAL_ATTEMPTS = 24
 """Training forwards with skipped blocks before koopmon gives up."""
-HOW_TO_NAME = "set [model] stack (or KOOPMON_MODEL__STACK) to the path of the list of blocks that is one"
+HOW_TO_NAME = "if another list of blocks is one, set [model] stack (or KOOPMON_MODEL__STACK) to its path"
 
 
 @dataclass(slots=True)

@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 from koopmon.agent.control.action import ControlAction, RequestRefusedError, Target, Update
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rate_shares import BOUNDED_AT, from_parameters
-from koopmon.agent.control.scale_proof import ScaleProof, prove, prove_groups
+from koopmon.agent.control.scale_proof import ScaleProof, prove, prove_around, prove_groups
 from koopmon.agent.control.scaled_view import close_view, scaled_view
 from koopmon.agent.control.state import ControlState
+from koopmon.agent.control.step_clock import running_wrapper
 from koopmon.config import LimitsConfig
 from koopmon.plugins import Selection
 from koopmon.wire.messages import MAX_RATE, Applied, Command
@@ -111,7 +112,11 @@ class LrBackoff(ControlAction):
         num_groups = len(optimizer.param_groups)
         known = self._proofs.get(optimizer)
         if known is None or known.num_groups < num_groups or (again and not known.proof.conclusive):
-            known = self._proofs[optimizer] = _Known(prove(optimizer), num_groups)
+            proof = prove(optimizer)
+            wrapper = self._optimizers.wrapper_of(optimizer) or running_wrapper(optimizer)
+            if not proof.refusal and wrapper is not None and (around := prove_around(wrapper)).refusal:
+                proof = around
+            known = self._proofs[optimizer] = _Known(proof, num_groups)
         return known.proof
 
     def released(self, state: ControlState) -> Target:

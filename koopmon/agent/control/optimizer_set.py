@@ -46,9 +46,16 @@ class OptimizerSet:
         new = [each for each in found if each not in known]
         # A wrapper may have been added in its own constructor, before it held the others.
         gone = (None,) if optimizer in found else (None, optimizer)
-        kept = [each for each in self._references if each[0]() not in gone]
-        self._references = kept + [(weakref.ref(each), weakref.ref(optimizer)) for each in new]
+        outer = weakref.ref(optimizer)
+        wrapped = found.keys() - {optimizer}
+        kept = [(one, outer if one() in wrapped else other) for one, other in self._references if one() not in gone]
+        self._references = kept + [(weakref.ref(each), outer) for each in new]
         return new
+
+    def wrapper_of(self, member: Optimizer) -> Optimizer | None:
+        """Return the outermost wrapper around `member`; None if it has none."""
+        outer = next((other() for one, other in self._references if one() is member), None)
+        return None if outer is member else outer
 
     @property
     def parameters(self) -> set[int]:
@@ -152,12 +159,17 @@ def parameter_ids(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def _find_inner(optimizer: Optimizer, found: dict[Optimizer, None], path: tuple[Optimizer, ...]) -> None:
-    """Add the optimizers that update the parameters of `optimizer` to `found`. The wrappers around it are in `path`."""
+def held_by(optimizer: Optimizer) -> list[Optimizer]:
+    """Return the optimizers in the attributes of `optimizer`, also in lists and dicts."""
     held: list[Any] = []
     for value in vars(optimizer).values():
         held += value if isinstance(value, (list, tuple)) else value.values() if type(value) is dict else [value]
-    inner = [each for each in held if isinstance(each, Optimizer) and each not in path]
+    return [each for each in held if isinstance(each, Optimizer)]
+
+
+def _find_inner(optimizer: Optimizer, found: dict[Optimizer, None], path: tuple[Optimizer, ...]) -> None:
+    """Add the optimizers that update the parameters of `optimizer` to `found`. The wrappers around it are in `path`."""
+    inner = [each for each in held_by(optimizer) if each not in path]
     own = parameter_ids(optimizer) if inner else set()
     covered: set[int] = set()
     for each in inner:

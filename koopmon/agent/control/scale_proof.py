@@ -14,6 +14,9 @@ import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from math import isfinite
 from statistics import median
 from typing import Any
 
@@ -21,7 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from koopmon.agent.control.optimizer_set import OptimizerSet, held_by
 from koopmon.agent.control.scaled_view import RATE, TABLES, StepHooks, close_view, number, scaled_view
 from koopmon.errors import describe_error, raise_from_signal
 from koopmon.process_state import ProcessState
@@ -118,6 +123,99 @@ def _compare(optimizer: Optimizer, scaled: Collection[int]) -> ScaleProof:
     return ScaleProof(refusal)
 
 
+def prove_around(wrapper: Optimizer) -> ScaleProof:
+    """Return whether updates of `wrapper` follow a scale in the steps of the optimizers that it holds.
+
+    It may move the weights itself, before or after their steps. There is no refusal if the check fails: the optimizers
+    that it holds were checked by themselves.
+    """
+    kept, name = ProcessState(), type(wrapper).__name__
+    try:
+        with torch.inference_mode(False), _Isolation(_tensors(wrapper)):
+            sample = _sample(wrapper.param_groups)
+            if not sample or _num_elements(wrapper) > MAX_ELEMENTS:
+                return ScaleProof()
+            try:
+                moved, slower = (_updates_around(wrapper, sample, scale, False) for scale in (1.0, SCALE))
+            except Exception as error:
+                raise_from_signal(error)
+                moved, slower = (_updates_around(wrapper, sample, scale, True) for scale in (1.0, SCALE))
+    except Exception as error:
+        raise_from_signal(error)
+        logger.debug("koopmon: check of %s", name, exc_info=error)
+        return ScaleProof()
+    finally:
+        kept.restore()
+    if not all(map(isfinite, chain(*moved, *slower))):
+        return ScaleProof()
+    if not _clear(moved, sample, from_zero=False):
+        unclear = (
+            f"it is not proven that the updates of {name} follow its learning rate: they are in the order of rounding"
+        )
+        return ScaleProof(unclear, conclusive=False)
+    pairs = [[b / a for a, b in zip(own, other, strict=True) if a] for own, other in zip(moved, slower, strict=True)]
+    ratio = max(median(each) for each in pairs if each)
+    if ratio <= SCALE * TOLERANCE:
+        return ScaleProof()
+    far = f"at {SCALE:g} of its learning rate it moves the weights {ratio:.3g} times as far"
+    return ScaleProof(f"{name} does not follow: {far}")
+
+
+def _updates_around(wrapper: Optimizer, sample: list[Tensor], scale: float, with_closure: bool) -> list[list[float]]:
+    """Return how far a copy of `wrapper` moves each sampled parameter, if `scale` is in force in the steps inside.
+
+    It begins without states: some take back what another method did since the last step.
+    """
+    torch.manual_seed(0)
+    clones, gradients = [_clone(each, from_zero=False) for each in sample], [_gradient(each) for each in sample]
+    twin = _twin(wrapper, sample, clones, fresh=True)
+    inside = list(OptimizerSet(twin))
+
+    def closure() -> Tensor:
+        """Return a loss. Each call in a step gives other gradients, as at other weights."""
+        num_calls[0] += 1
+        for each, gradient in zip(clones, gradients, strict=True):
+            each.grad = gradient + 0.5 * gradient.flatten().roll(num_calls[0]).view_as(gradient)
+        return torch.ones(())
+
+    arguments, num_calls = [closure] if with_closure else [], [0]
+    moved: list[list[float]] = [[] for _ in clones]
+    for index in range(1 + NUM_STEPS):
+        before = [each.detach().clone() for each in clones]
+        for each, gradient in zip(clones, gradients, strict=True):
+            each.grad = gradient.clone()
+        for held in inside:
+            held.__dict__["step"] = partial(_scaled_step, held, scale if index else 1.0)
+        num_calls[0] = 0
+        _step_of(twin)(twin, *arguments)
+        if index:
+            for distances, old, new in zip(moved, before, clones, strict=True):
+                distances.append(float((new.detach() - old).double().norm()))
+    return moved
+
+
+def _scaled_step(optimizer: Optimizer, scale: float, *args: Any, **kwargs: Any) -> Any:
+    view = scaled_view(optimizer, scale)
+    try:
+        return _step_of(optimizer)(view, *args, **kwargs)
+    finally:
+        close_view(view, optimizer)
+
+
+def _step_of(optimizer: Optimizer) -> Any:
+    """Return the step of the optimizer's class without hooks. One that torch has not hooked may have other wrappers."""
+    step: Any = type(optimizer).step
+    return step.__wrapped__ if hasattr(step, "hooked") else step
+
+
+def _num_elements(optimizer: Optimizer) -> int:
+    """Return the number of elements of the tensors that a copy of `optimizer` would copy beside its states."""
+    own = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    values = [value for name, value in vars(optimizer).items() if name not in ("param_groups", "state")]
+    held = tree_leaves([value for value in values if isinstance(value, (Tensor, list, tuple, dict))])
+    return sum(each.numel() for each in held if isinstance(each, Tensor) and id(each) not in own)
+
+
 def _sample(groups: list[dict[str, Any]]) -> list[Tensor]:
     """Return a few parameters of different groups: the smallest, and the smallest matrix."""
     active = [group for group in groups if any(each.requires_grad for each in group["params"])]
@@ -171,13 +269,16 @@ def _updates(
     factor_of = dict(zip(map(id, clones), factors, strict=False))
     own = [factor_of.get(id(group["params"][0]), SCALE) / SCALE for group in twin.param_groups]
     gradients = [_gradient(each) for each in sample]
-    step = type(twin).step
-    step = getattr(step, "__wrapped__", step)  # without the user's hooks
+    step = _step_of(twin)
     arguments = list(inspect.signature(step).parameters.values())[1:]
-    if any(
-        each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in arguments
-    ):
-        raise _NotProvenError("its step needs a closure, and the check has none")
+    needed = [
+        each.name
+        for each in arguments
+        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    if needed:
+        what = "a closure" if needed == ["closure"] else f"arguments ({', '.join(needed)})"
+        raise _NotProvenError(f"its step needs {what}, and the check has none")
     moved: list[list[float]] = [[] for _ in clones]
     for index in range(1 + NUM_STEPS):
         before = [each.detach().clone() for each in clones]
@@ -231,8 +332,18 @@ def _gradient(parameter: Tensor) -> Tensor:
     return other
 
 
-def _twin(optimizer: Optimizer, sample: list[Tensor], clones: list[Tensor], *, fresh: bool) -> Optimizer:
-    """Return a copy of `optimizer` that holds `clones` instead of `sample`, and no other parameter."""
+def _twin(
+    optimizer: Optimizer,
+    sample: list[Tensor],
+    clones: list[Tensor],
+    *,
+    fresh: bool,
+    memo: dict[int, Any] | None = None,
+) -> Optimizer:
+    """Return a copy of `optimizer` that holds `clones` instead of `sample`, and no other parameter.
+
+    `memo` has what is copied already, by its id: that of a wrapper shares its groups with those that it holds.
+    """
     by_id: dict[int, Any] = dict(zip(map(id, sample), clones, strict=True))
     twin = object.__new__(type(optimizer))
     # Every other parameter becomes one without memory: an operation on it raises or has no effect.
@@ -242,7 +353,11 @@ def _twin(optimizer: Optimizer, sample: list[Tensor], clones: list[Tensor], *, f
         for each in group["params"]
         if id(each) not in by_id
     }
-    memo: dict[int, Any] = {**others, **by_id, id(optimizer): twin}
+    memo = {} if memo is None else memo
+    memo |= {**others, **by_id, id(optimizer): twin}
+    for each in held_by(optimizer):
+        if id(each) not in memo:
+            _twin(each, sample, clones, fresh=fresh, memo=memo)
     for name, value in vars(optimizer).items():
         if name in TABLES:
             twin.__dict__[name] = StepHooks(name, {}, twin, lambda hook: lambda *_: None)
@@ -257,21 +372,39 @@ def _twin(optimizer: Optimizer, sample: list[Tensor], clones: list[Tensor], *, f
         overflow.zero_()  # a fused step has no effect where GradScaler has found an overflow
     groups = []
     for group in optimizer.param_groups:
-        kept = [by_id[id(each)] for each in group["params"] if id(each) in by_id]
-        if kept:
-            copied = {key: copy.deepcopy(value, memo) for key, value in group.items() if key != "params"}
-            if RATE in copied and _readable(copied[RATE]) == 0.0:
-                rate = copied[RATE]
-                copied[RATE] = torch.full_like(rate, NOMINAL_RATE) if isinstance(rate, Tensor) else NOMINAL_RATE
-            groups.append({"params": kept, **copied})
+        if id(group) not in memo:
+            memo[id(group)] = _group_of_twin(group, by_id, memo)
+        if memo[id(group)]["params"]:
+            groups.append(memo[id(group)])
     state: defaultdict[Any, Any] = defaultdict(dict)
     for key, value in optimizer.state.items():
         if not isinstance(key, Tensor) or (id(key) in by_id and not fresh):
             entries = state[by_id.get(id(key), key)] = copy.deepcopy(value, memo)
             for name, each in list(entries.items()) if isinstance(entries, dict) else ():
                 entries[name] = _local(each) if isinstance(each, Tensor) else each
-    twin.param_groups, twin.state = groups, state
+    for name, made in (("param_groups", groups), ("state", state)):
+        if not isinstance(getattr(type(twin), name, None), property):  # one reads those of the optimizers inside
+            setattr(twin, name, made)
     return twin
+
+
+def _group_of_twin(group: dict[str, Any], by_id: dict[int, Any], memo: dict[int, Any]) -> dict[str, Any]:
+    """Return a copy of `group` with the parameters that `by_id` replaces."""
+    kept = [index for index, each in enumerate(group["params"]) if id(each) in by_id]
+    options = {key: _entries_of(value, group, kept) for key, value in group.items() if key != "params"}
+    copied = copy.deepcopy(options, memo) if kept else {}
+    if RATE in copied and _readable(copied[RATE]) == 0.0:
+        rate = copied[RATE]
+        copied[RATE] = torch.full_like(rate, NOMINAL_RATE) if isinstance(rate, Tensor) else NOMINAL_RATE
+    return {"params": [by_id[id(group["params"][index])] for index in kept], **copied}
+
+
+def _entries_of(value: Any, group: dict[str, Any], kept: list[int]) -> Any:
+    """Return the entries for the parameters `kept` if `value` is a list with a tensor for each parameter of `group`."""
+    if type(value) is not list:
+        return value
+    shapes = [each.shape for each in group["params"]]
+    return [value[index] for index in kept] if [getattr(each, "shape", None) for each in value] == shapes else value
 
 
 def _readable(rate: Any) -> float | None:

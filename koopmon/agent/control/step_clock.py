@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from koopmon.agent.control.optimizer_set import held_by
+
 _WRAPPERS = {each for each in Optimizer.profile_hook_step.__code__.co_consts if isinstance(each, CodeType)}
 """Code of torch's wrapper of `step()`, which calls the hooks."""
 
@@ -53,6 +55,22 @@ def stepping_optimizers() -> Iterator[Optimizer]:
         if frame.f_code in _WRAPPERS:
             yield frame.f_locals["self"]
         frame = frame.f_back
+
+
+def running_wrapper(optimizer: Optimizer) -> Optimizer | None:
+    """Return the outermost optimizer around `optimizer` that has a method running in this thread; None without one.
+
+    No hook shows those whose class skips the constructor of torch's.
+    """
+    found: Optimizer | None = None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",):
+            outer, inner = frame.f_locals.get("self"), optimizer if found is None else found
+            if isinstance(outer, Optimizer) and any(each is inner for each in held_by(outer)):
+                found = outer
+        frame = frame.f_back
+    return found
 
 
 def has_closure(args: Any, kwargs: Any) -> bool:

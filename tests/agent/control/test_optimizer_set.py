@@ -51,6 +51,20 @@ def test_a_wrapper_is_replaced_by_the_optimizers_that_it_holds() -> None:
     assert list(OptimizerSet(first.owner)) == [first], "one that refers to its wrapper"  # type: ignore[attr-defined]
 
 
+def test_the_outermost_wrapper_of_a_member_is_known_whichever_is_added_first() -> None:
+    one = weights()
+    inner = SGD(one, lr=0.1)
+    optimizers = OptimizerSet(inner)
+    assert optimizers.wrapper_of(inner) is None
+    wrapper = Wrapper(one, inner)
+    for each in (wrapper, inner):
+        optimizers.add(each)
+        assert optimizers.wrapper_of(inner) is wrapper
+    outer = Wrapper(one, wrapper)
+    optimizers.add(outer)
+    assert optimizers.wrapper_of(inner) is outer
+
+
 def test_members_are_added_once_and_leave_when_they_die() -> None:
     three = weights(3)
     first, second = SGD(three[:1], lr=0.1), SGD(three[1:2], lr=0.1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from koopmon.agent.control.step_clock import StepClock, is_nested
+from koopmon.agent.control.step_clock import StepClock, is_nested, running_wrapper
 
 
 class Training:
@@ -359,3 +359,23 @@ def test_a_step_that_raised_is_none_and_the_next_one_counts(visible: bool) -> No
             else:
                 optimizer.step()
         assert training.clock.num_steps == step
+
+
+class Outer(SGD):
+    """Calls the optimizer that it holds, after a method of its own."""
+
+    def __init__(self, inner: Optimizer, call: Callable[[], Any]) -> None:
+        self.__dict__ |= {"inner": inner, "call": call, "param_groups": inner.param_groups}
+
+    def step(self, closure: Any = None) -> Any:
+        return self.call()
+
+
+def test_the_outermost_wrapper_that_runs_is_found_without_its_constructor() -> None:
+    inner = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    middle = Outer(inner, lambda: running_wrapper(inner))
+    outer = Outer(middle, middle.step)
+    assert running_wrapper(inner) is None
+    assert middle.step() is middle
+    assert outer.step() is outer
+    assert Outer(SGD(inner.param_groups, lr=0.1), lambda: running_wrapper(inner)).step() is None

@@ -10,6 +10,7 @@ import pytest
 from tests.agent.instances import (
     blindness,
     everyday,
+    methods,
     published,
     states,
     surgery,
@@ -21,12 +22,13 @@ from tests.agent.instances import (
 from tests.agent.instances.battery import Case
 from tests.agent.instances.conftest import Outcome
 
-MODULES = (blindness, everyday, published, states, surgery, traversals, users_objects, what_trains, written)
+MODULES = (blindness, everyday, methods, published, states, surgery, traversals, users_objects, what_trains, written)
 CASES = [
     pytest.param(case, id=f"{module.__name__.rpartition('.')[2]}: {case.name}")
     for module in MODULES
     for case in module.battery.cases
 ]
+CASES += [pytest.param(case, id=f"methods: {case.name}", marks=pytest.mark.process) for case in methods.forks.cases]
 
 
 @pytest.mark.filterwarnings("ignore")  # the compilers and tracers have many of their own

@@ -361,6 +361,135 @@ def a_classifier_on_the_encoder_of_a_pretraining_that_is_kept() -> Iterator[Tens
         yield update(nn.functional.cross_entropy(model(tokens(step)), tokens(step).sum(1) % 3), optimizer)
 
 
+@case(9)
+def clients_of_a_federation_in_rounds() -> Iterator[Tensor]:
+    """Copies of one model train in each round, and it gets their mean."""
+    server = Net()
+    for turn in range(3):
+        states = []
+        for client in range(3):
+            model = copy.deepcopy(server)
+            yield from steps(model, sgd(model), 4, 10 * turn + client)
+            states.append(model.state_dict())
+        server.load_state_dict({name: sum(each[name] for each in states) / 3 for name in states[0]})
+
+
+@case(4)
+def trials_that_are_pruned_by_an_exception() -> Iterator[Tensor]:
+    class PrunedError(Exception):
+        pass
+
+    def objective(trial: int) -> Iterator[Tensor]:
+        model = Net(count=2 + trial)
+        optimizer = getattr(torch.optim, ("Adam", "SGD", "AdamW", "RMSprop")[trial])(model.parameters(), lr=1e-3)
+        for step in range(8):
+            if trial % 2 and step == 5:
+                raise PrunedError
+            yield from steps(model, optimizer, 1, step)
+
+    kept = []
+    for trial in range(4):
+        try:
+            yield from objective(trial)
+        except PrunedError as error:
+            kept.append(error)  # its traceback holds the model
+
+
+@case(1)
+def repeated_runs_on_one_model_that_is_reset() -> Iterator[Tensor]:
+    model = Net()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        yield from steps(model, torch.optim.AdamW(model.parameters()), 5)
+
+
+@case(1)
+def one_optimizer_for_each_layer_with_a_schedule_of_its_own() -> Iterator[Tensor]:
+    model = Net()
+    parts = [model.embedding, *model.blocks, model.head]
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-3, foreach=True) for each in parts]
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(each, 0.99) for each in optimizers]
+    for step in range(10):
+        loss = update(loss_of(model, step), *optimizers)
+        for each in schedules:
+            each.step()
+        yield loss
+
+
+@case(2)
+def epochs_of_two_models_of_one_class_that_teach_each_other() -> Iterator[Tensor]:
+    """Mutual learning: both train in each step, and each gets the logits of the other."""
+    first, second = Net(), Net()
+    one, other = torch.optim.Adam(first.parameters()), torch.optim.Adam(second.parameters())
+    for step in range(10):
+        batch = tokens(step)
+        for model, peer, optimizer in ((first, second, one), (second, first, other)):
+            goal = peer(batch).detach().softmax(-1)
+            loss = loss_of(model, step) - (goal * model(batch).log_softmax(-1)).sum(-1).mean()
+            yield update(loss, optimizer)
+
+
+@case(1)
+def an_estimator_that_is_fitted_in_parts() -> Iterator[Tensor]:
+    """Each call of fit makes a new optimizer, and loads the state of the last one."""
+
+    class Estimator:
+        def __init__(self) -> None:
+            self.module_, self.state_ = Net(), None
+
+        def partial_fit(self, turn: int) -> Iterator[Tensor]:
+            optimizer = torch.optim.SGD(self.module_.parameters(), lr=0.01, momentum=0.9)
+            if self.state_ is not None:
+                optimizer.load_state_dict(self.state_)
+            yield from steps(self.module_, optimizer, 4, 4 * turn)
+            self.state_ = optimizer.state_dict()
+
+    estimator = Estimator()
+    for turn in range(3):
+        yield from estimator.partial_fit(turn)
+
+
+@case(1)
+def meta_steps_between_weights_before_and_after() -> Iterator[Tensor]:
+    """Reptile: a new optimizer for each task, then a step by hand towards its weights."""
+    model = Net()
+    for task in range(4):
+        before = copy.deepcopy(model.state_dict())
+        yield from steps(model, torch.optim.SGD(model.parameters(), lr=0.02), 3, 3 * task)
+        after = model.state_dict()
+        model.load_state_dict({name: before[name] + 0.5 * (after[name] - before[name]) for name in before})
+
+
+@case(3)
+def boosting_of_members_on_the_residuals() -> Iterator[Tensor]:
+    """Each member trains beside the frozen sum of those before."""
+    members: list[nn.Module] = []
+    for _ in range(3):
+        model = Net(count=2)
+        optimizer = sgd(model)
+        for step in range(6):
+            with torch.no_grad():
+                logits = sum((each(tokens(step)) for each in members), torch.zeros(()))
+            loss = nn.functional.cross_entropy((model(tokens(step)) + logits).flatten(0, 1), tokens(step).flatten())
+            yield update(loss, optimizer)
+        members.append(model.requires_grad_(False))
+
+
+@case(1)
+def an_optimizer_for_a_part_and_then_for_the_whole_in_each_cycle() -> Iterator[Tensor]:
+    """The head alone, then everything, again and again, as the data of a new task comes."""
+    model = Net()
+    for cycle in range(2):
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+        yield from steps(model, sgd(model.head), 3, cycle)
+        model.requires_grad_(True)
+        yield from steps(model, torch.optim.AdamW(model.parameters(), lr=1e-3), 5, cycle)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("script", "trained"), CASES, ids=[script.__name__.replace("_", " ") for script, _ in CASES])
 def test_every_model_that_trains_is_followed(
