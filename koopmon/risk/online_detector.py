@@ -70,6 +70,8 @@ LOSS_FLOOR = 0.05
 """Term added to the loss's z-score. A z-score of 0 then gives 4 log(0.05) = -12 log-odds. Chosen by hand."""
 
 
+MIN_SAMPLES = 64
+"""Smallest number of tokens of a snapshot with a risk. Between fewer ones the update ratio of a layer varies by chance."""
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
@@ -209,6 +211,9 @@ def observe(
     ratios = tuple(layer.update_ratio for layer in profile.layers)
     if not profile.informative:
         return replace(known, reason=profile.reason, update_ratios=ratios)
+    if profile.num_samples < MIN_SAMPLES:
+        few = f"{profile.num_samples} tokens in a snapshot, a risk needs {MIN_SAMPLES}"
+        return replace(known, reason=few, update_ratios=ratios)
     radii = [layer.spectral_radius for layer in profile.layers]
     widest = radii.index(max(radii))
     return replace(

@@ -147,7 +147,7 @@ def test_the_kinds_of_commands_are_those_that_the_table_was_written_for() -> Non
 def test_an_observation_names_the_layers_of_the_largest_logit_and_radius() -> None:
     radii = (1.0, 7.0, 5.0, 3.0)
     generator = torch.Generator().manual_seed(0)
-    measured = profile_states(torch.randn((5, 60, 3), generator=generator), kreiss="never")
+    measured = profile_states(torch.randn((5, 80, 3), generator=generator), kreiss="never")
     layers = [replace(layer, spectral_radius=radius) for layer, radius in zip(measured.layers, radii, strict=True)]
     profile = SpectralProfile(layers=tuple(layers))
     found = observe(profile, TrainingStep(step=1), attention_logits=(None, 2.0, 9.0, 4.0))

@@ -425,7 +425,7 @@ TRAINING = TrainingStep(step=7, loss=2.0, lr_scale=0.5)
 
 def profile_of(*, informative: bool = True) -> SpectralProfile:
     """Three layers whose every field is another number."""
-    states = torch.randn(4, 60, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(0)
+    states = torch.randn(4, 80, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(0)
     layers = [
         replace(
             layer,
@@ -448,6 +448,16 @@ def test_an_observation_has_the_means_of_the_layers_and_the_largest_radius() -> 
     assert found.update_ratios == tuple(layer.update_ratio for layer in profile.layers)
     assert (found.training, found.width, found.num_layers, found.update_exponent) == (TRAINING, 5, 3, 0.3)
     assert (found.informative, found.reason, found.non_finite) == (True, "", False)
+
+
+@pytest.mark.parametrize(("number", "informative"), [(63, False), (64, True)])
+def test_a_snapshot_of_few_tokens_has_no_risk(number: int, informative: bool) -> None:
+    profile = profile_of()
+    few = SpectralProfile(layers=tuple(replace(layer, num_samples=number) for layer in profile.layers))
+    found = observe(few, TRAINING)
+    assert found.informative is informative
+    assert found.reason == ("" if informative else "63 tokens in a snapshot, a risk needs 64")
+    assert found.update_ratios == tuple(layer.update_ratio for layer in profile.layers)
 
 
 def test_of_a_profile_that_is_not_informative_the_update_ratios_are_kept() -> None:
