@@ -69,9 +69,10 @@ EXPANSIVE_FLOOR = 0.01
 LOSS_FLOOR = 0.05
 """Term added to the loss's z-score. A z-score of 0 then gives 4 log(0.05) = -12 log-odds. Chosen by hand."""
 
-
 MIN_SAMPLES = 64
-"""Smallest number of tokens of a snapshot with a risk. Between fewer ones the update ratio of a layer varies by chance."""
+"""Smallest number of tokens of a snapshot with a risk. Of fewer ones, the update ratio of a layer varies by chance."""
+
+
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
