@@ -13,7 +13,8 @@ With z_l = log(update_ratio_l + floor), the speed of layer l is |dz_l| per optim
     v         max((peak + speed) / 2, lasting): the unsteadiness
 
 Where linear maps explain little of the layers, as with splines, v is multiplied by
-1 - reliability_weight * (1 - share of reliable modes).
+1 - reliability_weight * (1 - share of reliable modes). Of few tokens, update ratios vary by chance: v is multiplied by
+(N / ENOUGH_TOKENS)^2 for N tokens, below ENOUGH_TOKENS.
 
 Normalised layers fail in another way. A rate that is too high ruins the run while the update ratios climb for tens of
 steps. One batch of unusual text moves the ratios for one snapshot and harms nothing. For normalised layers z is
@@ -68,9 +69,8 @@ EXPANSIVE_FLOOR = 0.01
 """Term added to the expansive mass: growth below it counts little. One mode of 32 in one layer of 4 is 0.008."""
 LOSS_FLOOR = 0.05
 """Term added to the loss's z-score. A z-score of 0 then gives 4 log(0.05) = -12 log-odds. Chosen by hand."""
-
-MIN_SAMPLES = 64
-"""Smallest number of tokens of a snapshot with a risk. Of fewer ones, the update ratio of a layer varies by chance."""
+ENOUGH_TOKENS = 64
+"""Number of tokens of a snapshot whose unsteadiness counts in full. Of fewer ones, update ratios vary by chance."""
 
 
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -101,6 +101,8 @@ class Observation(AtStep):
     reliable_mode_ratio: float | None = None
     width: int | None = None
     """Width of the residual stream; None where the optimizer's step length is not given by the learning rate."""
+    num_tokens: int = ENOUGH_TOKENS
+    """Number of tokens of the snapshot."""
     num_layers: int = 0
     update_exponent: float | None = None
     """Update exponent of the model at the start of the run; None where it is unknown."""
@@ -212,14 +214,12 @@ def observe(
     ratios = tuple(layer.update_ratio for layer in profile.layers)
     if not profile.informative:
         return replace(known, reason=profile.reason, update_ratios=ratios)
-    if profile.num_samples < MIN_SAMPLES:
-        few = f"{profile.num_samples} tokens in a snapshot, a risk needs {MIN_SAMPLES}"
-        return replace(known, reason=few, update_ratios=ratios)
     radii = [layer.spectral_radius for layer in profile.layers]
     widest = radii.index(max(radii))
     return replace(
         known,
         informative=True,
+        num_tokens=profile.num_samples,
         max_radius_layer=widest,
         next_spectral_radius=max(radii[:widest] + radii[widest + 1 :], default=None),
         update_ratios=ratios,
@@ -397,8 +397,14 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     lasting = restless / config.restlessness_scale
     reliable = 1.0 if observation.reliable_mode_ratio is None else observation.reliable_mode_ratio
     reliability = 1.0 - config.reliability_weight * (1.0 - reliable)
+    sampled = min(observation.num_tokens / ENOUGH_TOKENS, 1.0) ** 2
     # The exponent b = normalisation strength interpolates the scale between 1 and `normalized_scale` on a log scale.
-    v = max(0.5 * (peak + fastest), lasting) * reliability / config.normalized_scale ** normalization(observation)
+    v = (
+        max(0.5 * (peak + fastest), lasting)
+        * reliability
+        * sampled
+        / config.normalized_scale ** normalization(observation)
+    )
     known = weighed(foreseen["prior"], observation, config)
     reason = (
         f"unsteadiness {v:.2f} of the update ratio (peak {peak:.2f} in layer {layer}, speed {fastest:.2f}, "
@@ -406,6 +412,8 @@ def _assess(state: RiskState, observation: Observation, config: RiskConfig) -> t
     )
     if reliability < 1.0:
         reason += f", weighed by {reliability:.2f} for its reliable modes"
+    if sampled < 1.0:
+        reason += f", weighed by {sampled:.2f} for its {observation.num_tokens} tokens"
     parts = {"unsteadiness": v, "peak": peak, "speed": fastest, "lasting": lasting, **foreseen}
     # 4 log v is the log-odds of v^4 / (v^4 + 1): one half at v = 1 and an even prior. The 4 was chosen by hand.
     value = _sigmoid(4.0 * math.log(v) + known) if v > 0.0 else 0.0

@@ -27,11 +27,9 @@ def test_kss_and_back_off_guard_a_mixture_as_back_off_alone(
     refused = 'commands_settled_total{kind="set_kss",outcome="%s",run="job"}'
     torch.manual_seed(0)
     model, args, kwargs = mixtral()
-    # Snapshots of fewer than 64 tokens have no risk.
-    args, kwargs = tuple(each.repeat(4, 1) for each in args), {name: each.repeat(4, 1) for name, each in kwargs.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     cadence = {"warmup_steps": 1000, "initial_credit_seconds": 1000.0}
-    config = {"cadence": cadence, "sampling": {"num_samples": 72}}
+    config = {"cadence": cadence, "sampling": {"num_samples": 18}}
     with koopmon.attach(model, optimizer, endpoint=monitor.addresses.endpoint, run="job", config=config) as agent:
         until(lambda: agent.status()["connected"])
 

@@ -450,14 +450,21 @@ def test_an_observation_has_the_means_of_the_layers_and_the_largest_radius() -> 
     assert (found.informative, found.reason, found.non_finite) == (True, "", False)
 
 
-@pytest.mark.parametrize(("number", "informative"), [(63, False), (64, True)])
-def test_a_snapshot_of_few_tokens_has_no_risk(number: int, informative: bool) -> None:
-    profile = profile_of()
-    few = SpectralProfile(layers=tuple(replace(layer, num_samples=number) for layer in profile.layers))
-    found = observe(few, TRAINING)
-    assert found.informative is informative
-    assert found.reason == ("" if informative else "63 tokens in a snapshot, a risk needs 64")
-    assert found.update_ratios == tuple(layer.update_ratio for layer in profile.layers)
+@pytest.mark.parametrize(("number", "weight"), [(16, 1 / 16), (32, 1 / 4), (64, 1.0), (512, 1.0)])
+def test_the_unsteadiness_of_few_tokens_counts_less(number: int, weight: float) -> None:
+    def unsteadiness(number: int) -> OnlineRisk:
+        state, risk = RiskState(), OnlineRisk(value=0.0, reason="")
+        for step, ratio in enumerate((0.5, 0.5, 0.5, 2.0)):
+            state, risk = assess(state, replace(seen(step, (ratio, 0.6)), num_tokens=number), CONFIG)
+        return risk
+
+    found, full = unsteadiness(number), unsteadiness(1000)
+    assert found.components["unsteadiness"] == pytest.approx(weight * full.components["unsteadiness"])
+    assert (f", weighed by {weight:.2f} for its {number} tokens" in found.reason) is (weight < 1.0)
+
+
+def test_an_observation_has_the_number_of_tokens() -> None:
+    assert observe(profile_of(), TRAINING).num_tokens == 80
 
 
 def test_of_a_profile_that_is_not_informative_the_update_ratios_are_kept() -> None:
