@@ -153,19 +153,26 @@ def cells_of(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
 
 
+SPIKE = "rate halved at a loss spike"
+
+
 def test_the_comparison_quotes_the_evidence() -> None:
-    """The sensitivities and the counts of diverged runs in comparison.md are those of evidence.md."""
+    """Sensitivities, losses of other remedies and counts of diverged runs in comparison.md are those of evidence.md."""
     evidence = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     rows = [cells_of(line) for line in evidence.split("\n")]
-    told = {
-        cells[0]: cells[1:]
-        for cells in map(cells_of, (ROOT / "docs" / "comparison.md").read_text().split("\n"))
-        if cells
-    }
+    page, _, after = (ROOT / "docs" / "comparison.md").read_text("utf-8").partition("Other remedies beside clipping")
+    remedies, _, bare = after.partition("\n## ")
+    told = {cells[0]: cells[1:] for cells in map(cells_of, (page + bare).split("\n")) if cells}
     arms = {"clipping": "clipping at 1.0", "clipping and QK-norm": "clipping and QK-norm (another model)"}
     for arm in ("clipping", "clipping and QK-norm", "clipping and koopmon"):
         measured = [cells[-1] for cells in rows if cells[:1] == [arms.get(arm, arm)] and "[" in cells[-1]]
         assert told[arm] == [each.partition(" ")[0] for each in measured]
+    losses = "\n".join(each.partition("\n\n")[0] for each in evidence.split("remedy | 0.01 | 0.03 | 0.1 |")[1:])
+    quoted = [cells for cells in map(cells_of, remedies.split("\n")) if cells[:1] not in ([], ["arm"], ["---"])]
+    assert len(quoted) == 6
+    for arm, *cells in quoted:
+        words = {"clipping": "clipping at 1.0"}.get(arm, arm.replace("a spike of the loss halves the rate", SPIKE))
+        assert cells == [", ".join(row[1:]) for row in map(cells_of, losses.split("\n")) if row[:1] == [words]]
     names = {"a spike of the loss halves the rate": "loss spike halves the rate", "koopmon, policy `lr`": "lr"}
     guarded = evidence.partition("<!-- results: guarded -->")[2].partition("<!-- end")[0]
     measured_rows = {cells[0]: cells for cells in map(cells_of, guarded.split("\n")) if cells}
