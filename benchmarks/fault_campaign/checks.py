@@ -133,7 +133,10 @@ def examine(job: Job, chapters: Sequence[Chapter], runs: Mapping[str, str] | Non
         entries = [entry for chapter in mine for entry in chapter.entries]
         restorable = before if number and runs is None else ()
         num_dying = found.num_dying
-        scales = _account(found, lines[0], entries, restorable, dies=name != names[-1])
+        # Rank 0 may be killed before it writes the line of a step that another rank has written.
+        others = max(lines, key=lambda each: each[-1].step if each else -1)
+        written = [*lines[0], *(line for line in others if line.step > lines[0][-1].step)]
+        scales = _account(found, written, entries, restorable, dies=name != names[-1])
         first, last = lines[0][0].step, max(each[-1].step for each in lines if each)
         stretches.append(Stretch(first=first, last=last, world=world, scales=scales, poisons=poisons))
         logs.append(lines)

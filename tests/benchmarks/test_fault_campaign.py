@@ -82,6 +82,15 @@ def test_a_change_that_no_answer_explains_is_a_lost_decision(job: Job, entries: 
     assert ("lost", 12.0) in problems(job, *entries)
 
 
+@pytest.mark.parametrize(("step", "expected"), [(20, []), (30, ["lost"])])
+def test_rank_0_may_be_killed_before_it_writes_the_line_of_a_change(job: Job, step: int, expected: list[str]) -> None:
+    write_logs(job, Stretch(first=0, last=20, world=2, scales={20: 0.5}))
+    log = job.log("0-0", 0)
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    found = problems(job, Entry("00000001", "applied", (step,), 0.5))
+    assert [kind for kind, _ in found] == expected
+
+
 def test_an_answer_without_a_change_and_a_command_applied_twice_are_doubled_decisions(job: Job) -> None:
     again = Entry("00000004", "applied", (15,), 0.25)
     assert problems(job, *ENTRIES, again) == [("doubled", 15.0)]
