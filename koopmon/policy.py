@@ -194,6 +194,11 @@ class _Case:
         return self.severe or self.state.high_streak >= self.config.confirm_snapshots
 
     @property
+    def lacks_warmup(self) -> bool:
+        """True when the rate is not too high, but came too early."""
+        return "warmup" in self.risk.causes
+
+    @property
     def settled(self) -> bool:
         """True when the last action is at least `cooldown_steps` old, or there is none."""
         at = self.state.acted_at
@@ -498,7 +503,7 @@ def _cap(case: _Case) -> Proposal | None:
     warmup = config.rewind_warmup_steps if rewinds else 0
     healthy = _healthy_rate(case, cap)
     # Without a warm-up the rate was not too high, and a back-off in force came from the same fault.
-    scale = 1.0 if "warmup" in case.risk.causes and rewinds else state.lr_scale
+    scale = 1.0 if case.lacks_warmup and rewinds else state.lr_scale
     actions = [
         Action(
             kind="set_lr_scale",
@@ -536,10 +541,11 @@ def _lower_cap(case: _Case) -> float | None:
     if scheduled is None or excess is None or not 0.0 < scheduled < math.inf:
         return None
     in_force, landing = scheduled * case.seen.training.lr_scale, scheduled / excess * config.normalized_landing_rate
-    if in_force <= landing:
-        # Without a warm-up the rate is not too high. It comes too early.
-        return min(landing, MAX_RATE) if "warmup" in case.risk.causes else None
-    return min(max(min(landing, config.rewind_factor * in_force), MIN_RATE), MAX_RATE)
+    if in_force > landing:
+        landing = min(landing, config.rewind_factor * in_force)
+    elif not case.lacks_warmup:
+        return None
+    return min(max(landing, MIN_RATE), MAX_RATE)
 
 
 def _healthy_rate(case: _Case, cap: float) -> float:
@@ -548,7 +554,7 @@ def _healthy_rate(case: _Case, cap: float) -> float:
     Without a warm-up, the rate in force has done the damage from the first update on.
     """
     scheduled = case.seen.training.learning_rate
-    if scheduled is None or "warmup" not in case.risk.causes:
+    if scheduled is None or not case.lacks_warmup:
         return cap
     return max(min(cap, 0.5 * scheduled * case.seen.training.lr_scale), MIN_RATE)
 

@@ -159,7 +159,7 @@ CAUSES: tuple[Cause, ...] = (
         "Output logits",
         f"a log-partition of at least {HIGH_PARTITION:g} nats, of either sign",
         _LOWER_RATE,
-        "The log-partition stops to grow.",
+        "The log-partition stops growing.",
         "Add z-loss (1e-4 x the square of the log-partition).",
         _output,
     ),

@@ -288,7 +288,8 @@ def assess(state: RiskState, observation: Observation, config: RiskConfig) -> tu
     if update_rms is not None:
         state = replace(state, update_rms=causes.remember(state.update_rms, update_rms))
     if observation.informative:
-        ratios = tuple(max(math.exp(each) - config.update_ratio_floor, 0.0) for each in state.z)
+        # A history that was read may hold a larger logarithm than exp can take.
+        ratios = tuple(max(math.exp(min(each, 700.0)) - config.update_ratio_floor, 0.0) for each in state.z)
         state = replace(
             state,
             logits=state.logits.after(observation.step, observation.max_attention_logit),

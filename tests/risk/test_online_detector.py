@@ -450,6 +450,13 @@ def test_an_observation_has_the_means_of_the_layers_and_the_largest_radius() -> 
     assert (found.informative, found.reason, found.non_finite) == (True, "", False)
 
 
+def test_a_history_with_the_largest_logarithms_is_assessed() -> None:
+    damaged = RiskState(step=4, z=(1000.0, 1000.0), recent=((1000.0, 1000.0), (1000.0, 1000.0)))
+    state, risk = assess(damaged, seen(5, (0.5, 0.6), learning_rate=0.01, width=100, exponent=0.0), CONFIG)
+    assert 0.0 <= risk.value <= 1.0
+    assert all(map(math.isfinite, state.start.ratios))
+
+
 @pytest.mark.parametrize(("number", "weight"), [(16, 1 / 16), (32, 1 / 4), (64, 1.0), (512, 1.0)])
 def test_the_unsteadiness_of_few_tokens_counts_less(number: int, weight: float) -> None:
     def unsteadiness(number: int) -> OnlineRisk:
