@@ -8,10 +8,8 @@ and an operation that writes to the training's tensors or communicates between r
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
-from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +19,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from koopmon.agent.control.optimizer_set import OptimizerSet, held_by
-from koopmon.agent.control.scaled_view import RATE, TABLES, StepHooks, close_view, number, scaled_view
+from koopmon.agent.control.optimizer_set import OptimizerSet
+from koopmon.agent.control.optimizer_twin import clone_of, local_part, make_twin, readable_rate
+from koopmon.agent.control.scaled_view import RATE, close_view, number, scaled_view
 from koopmon.errors import describe_error, raise_from_signal
 from koopmon.process_state import ProcessState
 
@@ -42,8 +41,6 @@ MAX_GROUPS = 8
 MAX_ELEMENTS = 1 << 26
 CLEAR = 64.0
 """Least ratio of a scaled movement to the rounding error of the weights."""
-NOMINAL_RATE = 1e-3
-"""Rate of the copies if the user's own is 0, as at the start of a warm-up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +73,7 @@ def prove_groups(optimizer: Optimizer, groups: Collection[int]) -> str:
 def _prove(optimizer: Optimizer, scaled: Collection[int]) -> ScaleProof:
     """Check the updates under a scale of the groups `scaled`."""
     name = type(optimizer).__name__
-    if all(_readable(group.get(RATE)) is None for group in optimizer.param_groups):
+    if all(readable_rate(group.get(RATE)) is None for group in optimizer.param_groups):
         rate = next((found for group in optimizer.param_groups if (found := group.get(RATE)) is not None), None)
         why = "" if rate is None else f" that is a number, but a {type(rate).__name__}"
         return ScaleProof(f"{name} has no learning rate in its parameter groups{why}")
@@ -167,8 +164,8 @@ def _updates_around(wrapper: Optimizer, sample: list[Tensor], scale: float, with
     It begins without states: some take back what another method did since the last step.
     """
     torch.manual_seed(0)
-    clones, gradients = [_clone(each, from_zero=False) for each in sample], [_gradient(each) for each in sample]
-    twin = _twin(wrapper, sample, clones, fresh=True)
+    clones, gradients = [clone_of(each, from_zero=False) for each in sample], [_gradient(each) for each in sample]
+    twin = make_twin(wrapper, sample, clones, fresh=True)
     inside = list(OptimizerSet(twin))
 
     def closure() -> Tensor:
@@ -225,7 +222,7 @@ def _sample(groups: list[dict[str, Any]]) -> list[Tensor]:
         parameters = sorted(group["params"], key=Tensor.numel)
         trained = [each for each in parameters if each.requires_grad] or parameters
         trained = [each for each in trained if each.grad is not None] or trained
-        trained = [each for each in trained if 0 < _local(each).numel() <= MAX_ELEMENTS]
+        trained = [each for each in trained if 0 < local_part(each).numel() <= MAX_ELEMENTS]
         for each in [*trained[:1], *[each for each in trained if each.dim() > 1][:1]]:
             chosen[id(each)] = each
     return list(chosen.values())
@@ -264,8 +261,8 @@ def _updates(
     `factors` scale the rates of the groups of the sampled parameters.
     """
     torch.manual_seed(0)
-    clones = [_clone(each, from_zero) for each in sample]
-    twin = _twin(optimizer, sample, clones, fresh=from_zero)
+    clones = [clone_of(each, from_zero) for each in sample]
+    twin = make_twin(optimizer, sample, clones, fresh=from_zero)
     factor_of = dict(zip(map(id, clones), factors, strict=False))
     own = [factor_of.get(id(group["params"][0]), SCALE) / SCALE for group in twin.param_groups]
     gradients = [_gradient(each) for each in sample]
@@ -304,24 +301,17 @@ def _updates(
 def _clear(moved: list[list[float]], sample: list[Tensor], from_zero: bool) -> bool:
     """Return True if the movements are finite, at least one is not zero, and none is in the order of rounding."""
     for distances, each in zip(moved, sample, strict=True):
-        size = 0.0 if from_zero else float(_local(each.detach()).double().norm())
+        size = 0.0 if from_zero else float(local_part(each.detach()).double().norm())
         rounding = CLEAR * torch.finfo(each.dtype).eps * size / SCALE
         if not all(distance < float("inf") and (distance > rounding or distance == 0.0) for distance in distances):
             return False
     return any(distance > 0.0 for distances in moved for distance in distances)
 
 
-def _clone(parameter: Tensor, from_zero: bool) -> Tensor:
-    data = _local(parameter.detach())
-    clone = nn.Parameter(torch.zeros_like(data) if from_zero else data.clone())
-    clone.__dict__.update(vars(parameter))  # marks by which some optimizers choose their rule
-    return clone
-
-
 def _gradient(parameter: Tensor) -> Tensor:
     """Return a copy of the gradient of `parameter`, or some other one if it has none that is finite and not zero."""
-    own = _local(parameter.detach())
-    gradient = None if parameter.grad is None else _local(parameter.grad.detach())
+    own = local_part(parameter.detach())
+    gradient = None if parameter.grad is None else local_part(parameter.grad.detach())
     # Under sequence parallelism a sharded parameter may have a replicated gradient, of another size on this rank.
     if gradient is not None and gradient.shape == own.shape:
         dense = gradient if gradient.layout is torch.strided else gradient.to_dense()
@@ -330,91 +320,6 @@ def _gradient(parameter: Tensor) -> Tensor:
     other = torch.full_like(own, 0.01)
     other.view(-1).mul_(torch.arange(1.0, 1.0 + other.numel(), device=other.device).sin().to(other.dtype))
     return other
-
-
-def _twin(
-    optimizer: Optimizer,
-    sample: list[Tensor],
-    clones: list[Tensor],
-    *,
-    fresh: bool,
-    memo: dict[int, Any] | None = None,
-) -> Optimizer:
-    """Return a copy of `optimizer` that holds `clones` instead of `sample`, and no other parameter.
-
-    `memo` has what is copied already, by its id: that of a wrapper shares its groups with those that it holds.
-    """
-    by_id: dict[int, Any] = dict(zip(map(id, sample), clones, strict=True))
-    twin = object.__new__(type(optimizer))
-    # Every other parameter becomes one without memory: an operation on it raises or has no effect.
-    others = {
-        id(each): torch.empty_like(each, device="meta")
-        for group in optimizer.param_groups
-        for each in group["params"]
-        if id(each) not in by_id
-    }
-    memo = {} if memo is None else memo
-    memo |= {**others, **by_id, id(optimizer): twin}
-    for each in held_by(optimizer):
-        if id(each) not in memo:
-            _twin(each, sample, clones, fresh=fresh, memo=memo)
-    for name, value in vars(optimizer).items():
-        if name in TABLES:
-            twin.__dict__[name] = StepHooks(name, {}, twin, lambda hook: lambda *_: None)
-        elif name.startswith("_optimizer_"):
-            twin.__dict__[name] = OrderedDict()  # hooks
-        elif name not in ("param_groups", "state", "step"):  # schedulers replace `step` in the instance
-            try:
-                twin.__dict__[name] = copy.deepcopy(value, memo)
-            except Exception as error:  # a lock or a process group, which the step may not need
-                raise_from_signal(error)
-    if isinstance(overflow := twin.__dict__.get("found_inf"), Tensor):
-        overflow.zero_()  # a fused step has no effect where GradScaler has found an overflow
-    groups = []
-    for group in optimizer.param_groups:
-        if id(group) not in memo:
-            memo[id(group)] = _group_of_twin(group, by_id, memo)
-        if memo[id(group)]["params"]:
-            groups.append(memo[id(group)])
-    state: defaultdict[Any, Any] = defaultdict(dict)
-    for key, value in optimizer.state.items():
-        if not isinstance(key, Tensor) or (id(key) in by_id and not fresh):
-            entries = state[by_id.get(id(key), key)] = copy.deepcopy(value, memo)
-            for name, each in list(entries.items()) if isinstance(entries, dict) else ():
-                entries[name] = _local(each) if isinstance(each, Tensor) else each
-    for name, made in (("param_groups", groups), ("state", state)):
-        if not isinstance(getattr(type(twin), name, None), property):  # one reads those of the optimizers inside
-            setattr(twin, name, made)
-    return twin
-
-
-def _group_of_twin(group: dict[str, Any], by_id: dict[int, Any], memo: dict[int, Any]) -> dict[str, Any]:
-    """Return a copy of `group` with the parameters that `by_id` replaces."""
-    kept = [index for index, each in enumerate(group["params"]) if id(each) in by_id]
-    options = {key: _entries_of(value, group, kept) for key, value in group.items() if key != "params"}
-    copied = copy.deepcopy(options, memo) if kept else {}
-    if RATE in copied and _readable(copied[RATE]) == 0.0:
-        rate = copied[RATE]
-        copied[RATE] = torch.full_like(rate, NOMINAL_RATE) if isinstance(rate, Tensor) else NOMINAL_RATE
-    return {"params": [by_id[id(group["params"][index])] for index in kept], **copied}
-
-
-def _entries_of(value: Any, group: dict[str, Any], kept: list[int]) -> Any:
-    """Return the entries for the parameters `kept` if `value` is a list with a tensor for each parameter of `group`."""
-    if type(value) is not list:
-        return value
-    shapes = [each.shape for each in group["params"]]
-    return [value[index] for index in kept] if [getattr(each, "shape", None) for each in value] == shapes else value
-
-
-def _readable(rate: Any) -> float | None:
-    return number(rate.detach() if isinstance(rate, Tensor) else rate)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor. Without sharded tensors, few optimizers communicate."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
 
 
 def _tensors(optimizer: Optimizer) -> Iterator[Tensor]:
@@ -453,7 +358,7 @@ class _Isolation(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _storages(tensor: Tensor) -> Iterator[int]:
     try:
-        address = _local(tensor).untyped_storage().data_ptr()
+        address = local_part(tensor).untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
         return  # sparse, meta or fake
     if address:
