@@ -3,6 +3,7 @@
 The setup is that of `benchmarks.guarded`, on synthetic text, with blocks of experts, state spaces, splines and
 transformers. The runs have no normalisation and rates that diverge, with manual remedies and under each policy. Fixed
 safe rates, and healthy runs with the usual normalisation, are beside them. The adapters' own thresholds are in force.
+`--only lr` measures the rows of that policy again and keeps the others, each with the commit of its measurement.
 """
 
 from __future__ import annotations
@@ -22,7 +23,17 @@ from rich.table import Table
 
 from benchmarks import campaign
 from benchmarks.family_alarms import ADAPTERS
-from benchmarks.guarded_runs import BASE, BY_HAND, Plan, healthy_runs, of, replicas_equal, summarise, train_all
+from benchmarks.guarded_runs import (
+    BASE,
+    BY_HAND,
+    POLICIES,
+    Plan,
+    healthy_runs,
+    of,
+    replicas_equal,
+    summarise,
+    train_all,
+)
 from benchmarks.provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "guarded_families.json"
@@ -55,6 +66,17 @@ def analyse(plan: Plan, runs: Mapping[str, Mapping[str, Any]], commit: str | Non
     }
 
 
+def again(
+    plan: Plan, before: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]], commit: str | None
+) -> dict[str, Any]:
+    """Return the results of one family, `before`, with new rows for the policies of the plan."""
+    rows = [
+        summarise(plan, runs, row["control"], commit) if row["control"] in plan.policies else row
+        for row in before["rows"]
+    ]
+    return {**before, "rows": rows, "replicas_equal": before["replicas_equal"] and replicas_equal(runs)}
+
+
 def table(family: str, found: Mapping[str, Any], plan: Plan) -> Table:
     drawn = Table("control", "diverged", *(f"{lr:g}" for lr in plan.rates), "loss at the end", "actions")
     best, healthy = found["best_fixed_loss"], found["healthy"]
@@ -74,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--family", nargs="+", choices=FAMILIES, default=FAMILIES, help="measure these, keep the others"
     )
+    parser.add_argument("--only", nargs="+", choices=POLICIES, help="measure these again, at the rates that diverge")
     parser.add_argument("--work", type=Path, help="folder of finished runs, to go on with; default: a fresh one")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes (default %(default)s)")
     options = parser.parse_args(arguments)
@@ -83,12 +106,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(f"[dim]runs are kept in {folder}[/dim]")
     about = provenance(0)
     known = json.loads(options.out.read_text(encoding="utf-8"))["families"] if options.out.exists() else {}
+    if options.only and (missing := [family for family in options.family if family not in known]):
+        parser.error(f"--only: {options.out} has no results of {', '.join(missing)}; measure all of them first")
     families = {}
     for family in FAMILIES:
         if family in options.family:
             seeds = plan.seeds if options.scale == "paper" else FEWER_SEEDS.get(family, plan.seeds)
             mine = replace(plan, base=replace(plan.base, family=family), seeds=seeds)
-            families[family] = analyse(mine, train_all(mine, folder / family, console), about["commit"])
+            if options.only:
+                mine = replace(mine, policies=tuple(options.only), healthy=0)
+                runs = train_all(mine, folder / family, console, alone=False)
+                families[family] = again(mine, known[family], runs, about["commit"])
+            else:
+                families[family] = analyse(mine, train_all(mine, folder / family, console), about["commit"])
         elif family in known:
             families[family] = known[family]
         else:
