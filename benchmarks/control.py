@@ -58,10 +58,10 @@ class Copies:
         """Take the copies that are due after `step` updates, the last one at `rate`, and the groups at `rates`."""
         if step == 0:
             self._start.take(TrainingState(self._model, self._optimizers), 0, 0.0)
-        elif step % INTERVAL_STEPS == 0:
+        elif step % INTERVAL_STEPS == 0 and (state := TrainingState(self._model, self._optimizers)).is_finite:
             if step % (SECOND_SLOT * INTERVAL_STEPS) == 0:
                 self._recent, self._older = self._older, self._recent
-            self._recent.take(TrainingState(self._model, self._optimizers), step, rate, rates)
+            self._recent.take(state, step, rate, rates)
         if step >= START_COPY_STEPS:
             self._start.clear()
 

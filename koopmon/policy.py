@@ -9,6 +9,7 @@ them diverge. The policy therefore does the following:
 - It raises the scale in small steps while the run is calm. Each back-off makes the next rise slower.
 - For normalised layers it caps the rate and goes back to a copy of the weights from before the rate was too high
   (policy "auto"). Such a rate ruins them within some tens of steps, and a lower rate does not repair them.
+- It returns a training whose weights are not finite to a copy (policy "auto"). A lower rate repairs no NaN.
 - It requests the end of a ruined run, if the configuration allows it, and a checkpoint at an alarm.
 - It adds KSS as the unstable penalty alone, above the run's own calm radius, with a ramp in and out. A severe risk or a
   higher loss under KSS bars it for the rest of the run.
@@ -52,6 +53,8 @@ _LOWERS_RATE = ("auto", "lr", "kss+lr")
 HOUR_SECONDS = 3600.0
 MIN_RATE, MAX_RATE = 1e-12, 1e6
 """Bounds on a cap of the learning rate, within those of the protocol."""
+RESTORE_SNAPSHOTS = 2
+"""Snapshots in a row that are not finite after which the training returns to a copy. One alone may be a bad batch."""
 RATE_JUMP = 4.0
 """Ratio of the scheduled rate to that at the last snapshot that calls for dense snapshots. Chosen by hand.
 
@@ -181,6 +184,12 @@ class _Case:
         return self.acts_on_lr and self.alarmed and self.settled and not self.state.rewinding
 
     @property
+    def can_rewind(self) -> bool:
+        """True when the policy and the agents have a rewind left."""
+        left = self.seen.rewinds and self.state.num_rewinds < self.config.max_rewinds
+        return self.config.name == "auto" and left
+
+    @property
     def acts_on_kss(self) -> bool:
         return self.config.name in ("kss", "kss+lr") and not self.state.kss_barred
 
@@ -269,6 +278,7 @@ def decide(
         _stop,
         _bar_kss,
         _cap,
+        _restore,
         _back_off,
         _shape,
         _stop_shaping,
@@ -466,8 +476,55 @@ def _stop(case: _Case) -> Proposal | None:
 
 def _may_rewind(case: _Case) -> bool:
     """Return True if a further alarm leads to a rewind."""
-    left = case.seen.rewinds and case.state.num_rewinds < case.config.max_rewinds
-    return case.config.name == "auto" and left and normalization(case.seen) >= 0.5 and _lower_cap(case) is not None
+    caps = case.can_rewind and normalization(case.seen) >= 0.5 and _lower_cap(case) is not None
+    return caps or _may_restore(case)
+
+
+def _may_restore(case: _Case) -> bool:
+    """Return True if the states and the loss or the gradient norm are not finite, and the training can rewind.
+
+    States alone may be NaN at padding tokens of a healthy model. Without a known rate, the only copy that counts is
+    that of the start.
+    """
+    broken = case.seen.non_finite and bool(_ruin(case.state, case.seen, case.risk, case.config))
+    return case.can_rewind and broken and case.seen.training.learning_rate is not None
+
+
+def _restore(case: _Case) -> Proposal | None:
+    """Return a training that stays without finite numbers to its last copy.
+
+    The first time the rate stays: one bad batch may be the cause, and the data goes on behind it. A rate that explains
+    it, and each further time, lower the rate.
+    """
+    state, config = case.state, case.config
+    if not _may_restore(case) or not case.may_cut or state.ruined_streak < RESTORE_SNAPSHOTS:
+        return None
+    lowers = state.num_rewinds > 0 or (case.risk.excess_rate or 0.0) >= 1.0
+    scale = max(config.min_lr_scale, _lower_scale(case)) if lowers else state.lr_scale
+    actions = [
+        Action(
+            kind="rewind",
+            reason=f"{_ruin(state, case.seen, case.risk, config)}: back to the last copy",
+            rewind=Rewind(max_rate=MAX_RATE, min_age_steps=config.rewind_age_steps),
+            expires_in_steps=config.expires_in_steps,
+        )
+    ]
+    if scale < state.lr_scale:
+        lower = Action(
+            kind="set_lr_scale",
+            reason=f"risk {case.risk.value:.2f}: learning rate x {scale:g}; {case.risk.reason}",
+            lr_scale=scale,
+            expires_in_steps=config.expires_in_steps,
+        )
+        # The lower rate comes first: between two steps in which the ranks exchange, it alone may be in force.
+        actions.insert(0, lower)
+    following = case.acted(
+        lr_scale=scale,
+        num_cuts=state.num_cuts + (len(actions) > 1),
+        num_rewinds=state.num_rewinds + 1,
+        rewinding=True,
+    )
+    return tuple(actions), following, ""
 
 
 def _ask_for_checkpoint(now: float, case: _Case) -> Proposal | None:
@@ -494,7 +551,7 @@ def _cap(case: _Case) -> Proposal | None:
     The cap lands where runs of such layers survive. Further alarms lower it, without a rewind when none is left.
     """
     state, config, seen = case.state, case.config, case.seen
-    rewinds = seen.rewinds and state.num_rewinds < config.max_rewinds
+    rewinds = case.can_rewind
     if config.name != "auto" or not case.may_cut or normalization(seen) < 0.5 or not (rewinds or state.max_rate):
         return None
     cap = _lower_cap(case)
@@ -560,9 +617,12 @@ def _healthy_rate(case: _Case, cap: float) -> float:
 
 
 def _back_off(case: _Case) -> Proposal | None:
-    """Lower the LR scale at an alarm, when the last action is old enough and the scale is above `min_lr_scale`."""
+    """Lower the LR scale at an alarm, when the last action is old enough and the scale is above `min_lr_scale`.
+
+    It waits where a rewind can follow: a lower rate repairs no NaN.
+    """
     state, config = case.state, case.config
-    if not case.may_cut or state.lr_scale <= config.min_lr_scale:
+    if not case.may_cut or state.lr_scale <= config.min_lr_scale or _may_restore(case):
         return None
     scale = max(config.min_lr_scale, _lower_scale(case))
     again = " (the last cut was not enough)" if state.phase == "acting" else ""

@@ -27,7 +27,7 @@ from koopmon.policy import (
     stop_answered,
 )
 from koopmon.risk.online_detector import OnlineRisk
-from koopmon.wire.messages import Ack, Applied, KssSettings, Rate
+from koopmon.wire.messages import Ack, Applied, KssSettings, Rate, Rewind
 from tests.factories import observation
 
 CALM, WATCH, HIGH, SEVERE = 0.01, 0.3, 0.7, 0.95
@@ -1228,14 +1228,15 @@ def test_a_small_first_loss_has_a_ratio_too() -> None:
     assert len(sparse(run, SEVERE, list(range(30)), loss=1.0)) == 1
 
 
-@pytest.mark.parametrize(("exponent", "waits"), [(0.24, True), (0.29, True), (0.31, False)])
-def test_layers_that_are_more_normalised_than_not_may_be_rewound(exponent: float, waits: bool) -> None:
+@pytest.mark.parametrize(("exponent", "caps"), [(0.24, True), (0.29, True), (0.31, False)])
+def test_layers_that_are_more_normalised_than_not_are_capped(exponent: float, caps: bool) -> None:
     run = stopping(name="auto")
     run.excess = 6.0
     run.step = 20
     run.state = replace(run.state, ruined_streak=12, ruined_since=0)
     run.see(1.0, **normalised(**{**NAN, "update_exponent": exponent}))
-    assert [action.kind for _, action in run.actions] == (["set_lr_scale", "rewind"] if waits else ["stop"])
+    assert [action.kind for _, action in run.actions] == ["set_lr_scale", "rewind"]
+    assert (run.actions[0][1].max_rate is not None) == caps
 
 
 @pytest.mark.parametrize("first", [0.0, -1.0])
@@ -1282,7 +1283,6 @@ def test_a_stop_waits_while_a_rewind_may_help() -> None:
     ("fields", "config"),
     [
         ({"rewinds": False}, {}),
-        ({"update_exponent": 1.0}, {}),
         ({"learning_rate": None}, {}),
         ({}, {"max_rewinds": 0}),
         ({}, {"name": "lr"}),
@@ -1292,6 +1292,86 @@ def test_a_rewind_that_will_not_come_delays_no_stop(fields: dict[str, Any], conf
     run = stopping(**{"name": "auto", **config})
     run.excess = 6.0
     run.see(1.0, steps=13, **normalised(**{**NAN, **fields}))
+    assert len(stops(run)) == 1
+
+
+def restored(excess: float | None = 0.5, **fields: Any) -> Run:
+    """A run under the default policy whose rate does not explain an alarm, after ten sound snapshots."""
+    run = auto(**fields)
+    run.excess = excess
+    run.see(CALM, steps=10, **normalised(learning_rate=0.001))
+    return run
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, None], ids=["normalised", "without normalisation", "unknown"])
+def test_a_training_that_is_not_finite_returns_to_its_last_copy_at_its_rate(exponent: float | None) -> None:
+    run, broken = restored(), normalised(**NAN, learning_rate=0.001)
+    broken["update_exponent"] = exponent
+    run.see(1.0, **broken)
+    assert run.actions == [], "one snapshot may be one bad batch"
+    run.see(1.0, **broken)
+    ((step, action),) = run.actions
+    assert (step, action.kind, action.rewind) == (11, "rewind", Rewind(max_rate=MAX_RATE, min_age_steps=8))
+    assert action.reason == "the states and the loss are not finite: back to the last copy"
+    run.see(1.0, steps=100, **broken)
+    assert len(run.actions) == 1, "the rewind is not answered"
+    assert (run.state.lr_scale, run.state.num_rewinds, run.state.rewinding) == (1.0, 1, True)
+    run.state = rewound(run.state, answer(action, step=run.step))
+    run.see(CALM, steps=50, **normalised(learning_rate=0.001))
+    assert len(run.actions) == 1
+
+
+def test_a_training_that_is_not_finite_again_gets_a_lower_rate_each_time() -> None:
+    run, broken = restored(max_rewinds=3), normalised(**NAN, learning_rate=0.001)
+    for _ in range(5):
+        run.see(1.0, steps=2, **broken)
+        run.state = rewound(run.state, answer(Action(kind="rewind", reason="r"), step=run.step))
+        run.see(CALM, steps=run.config.cooldown_steps, **normalised(learning_rate=0.001))
+    assert [action.kind for _, action in run.actions[:5]] == ["rewind", *["set_lr_scale", "rewind"] * 2]
+    assert [scale for _, scale in run.scales[:2]] == [0.25, 0.125]
+    assert all(action.kind != "rewind" for _, action in run.actions[5:]), "three are the most"
+
+
+def test_a_rate_above_the_critical_one_is_lowered_with_the_first_return() -> None:
+    run, broken = restored(excess=3.0), normalised(**NAN, update_exponent=1.0)
+    run.see(1.0, steps=2, **broken)
+    assert [action.kind for _, action in run.actions] == ["set_lr_scale", "rewind"]
+    assert run.scales == [(11, pytest.approx(0.5))]
+
+
+@pytest.mark.parametrize(
+    ("fields", "config"),
+    [
+        ({"loss": 2.0}, {}),
+        ({"loss": None}, {}),
+        ({"non_finite": False, "informative": True}, {}),
+        ({"rewinds": False}, {}),
+        ({"learning_rate": None}, {}),
+        ({}, {"name": "lr"}),
+        ({}, {"name": "kss+lr"}),
+        ({}, {"name": "observe"}),
+        ({}, {"max_rewinds": 0}),
+    ],
+)
+def test_a_return_needs_two_facts_copies_and_the_default_policy(fields: dict[str, Any], config: dict[str, Any]) -> None:
+    run = restored(**config)
+    run.see(1.0, steps=30, **normalised(**{**NAN, "learning_rate": 0.001, **fields}))
+    assert all(action.kind != "rewind" for _, action in run.actions)
+
+
+def test_a_gradient_norm_is_a_second_fact_too() -> None:
+    run = restored()
+    run.see(1.0, steps=2, **normalised(**{**NAN, "loss": 2.0}, grad_norm=math.inf, learning_rate=0.001))
+    assert run.actions[-1][1].reason == "the states and the gradient norm are not finite: back to the last copy"
+
+
+def test_a_stop_follows_once_no_return_is_left() -> None:
+    run = stopping(name="auto", max_rewinds=1)
+    broken = normalised(**NAN, learning_rate=0.001)
+    run.see(1.0, steps=30, **broken)
+    assert [action.kind for _, action in run.actions] == ["rewind"]
+    run.state = rewound(run.state, answer(run.actions[-1][1], outcome="refused", step=run.step))
+    run.see(1.0, steps=60, **broken)
     assert len(stops(run)) == 1
 
 

@@ -45,6 +45,7 @@ FAULTS = {
     "attention_rate": "attention at 30 times the rate",
     "head_rate": "output layer at 30 times the rate",
     "bf16": "attention in bfloat16",
+    "nan_batch": "one batch with a loss of NaN",
 }
 NEAR = 0.02
 """Nats above the best loss up to which a rate is usable."""

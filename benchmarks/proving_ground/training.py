@@ -65,8 +65,9 @@ Failure = Literal[
     "attention_rate",
     "head_rate",
     "bf16",
+    "nan_batch",
 ]
-"""Faults. All but the first and the last happen in the middle of the run.
+"""Faults. All but `no_warmup` and `bf16` happen in the middle of the run.
 
 no_warmup: the schedule starts at its peak. restart: the schedule restarts at 30 times the peak rate. bad_batches: five
 batches of random bytes. stale_moments: Adam's second moments shrink by a factor of 1,000. lost_state: the job restarts
@@ -74,7 +75,8 @@ without the optimizer's state. finetune: it restarts without it, at 30 times the
 bad_stretch: 100 batches of random bytes. shift: the first half of the run has lines of one repeated byte, so that its
 gradients are small, and the second half has text. stale_shift: the same with beta2 0.999, so that the second moments
 stay small for hundreds of steps. attention_rate: queries, keys and values train at 30 times the rate, and their logits
-grow. head_rate: the output layer does, without z-loss. bf16: the attention computes in bfloat16.
+grow. head_rate: the output layer does, without z-loss. bf16: the attention computes in bfloat16. nan_batch: the loss of
+one batch is NaN.
 """
 FAILURES: tuple[Failure, ...] = tuple(name for name in get_args(Failure) if name)
 NEW_LAUNCH: tuple[Failure, ...] = ("lost_state", "finetune")
@@ -104,6 +106,11 @@ LOWEST_RATE = 0.1
 """Share of the peak rate at the end of the cosine."""
 RESTART_FACTOR = 30.0
 MAX_LOSS = 50.0
+BROKEN_STEPS: Mapping[Arm, int] = {"guarded": 50}
+"""Steps with a loss above MAX_LOSS or without finite numbers after which a run counts as diverged; others: the first.
+
+koopmon may return to a copy of the weights.
+"""
 VALIDATION_BATCHES = 40
 ONLINE_RANK, ONLINE_SAMPLES = 32, 512
 CADENCE = CadenceConfig()
@@ -197,6 +204,7 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
     norms: list[float] = []
     rates: list[float] = []
     diverged_at: int | None = None
+    num_broken = 0
     began = time.perf_counter()
     for step in range(recipe.steps):
         tokens = recipe.batch_at(step, generator)
@@ -214,13 +222,17 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
         if due:
             recorder.start()
         loss = loss_of(model, tokens)
+        if recipe.failure == "nan_batch" and step == recipe.fault_step:
+            loss = loss * math.nan
         model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         losses.append(loss.item())
         norms.append(norm.item())
-        if not (losses[-1] <= MAX_LOSS and math.isfinite(norms[-1])):  # also true for NaN
-            diverged_at = step
+        is_sound = losses[-1] <= MAX_LOSS and math.isfinite(norms[-1])  # False for NaN
+        num_broken = 0 if is_sound else num_broken + 1
+        diverged_at = None if is_sound else step - num_broken + 1
+        if num_broken > BROKEN_STEPS.get(recipe.arm, 0):
             break
         profile = recorder.stop(step) if due else None
         if due or recipe.arm == "spike":

@@ -175,8 +175,9 @@ CAUSES: tuple[Cause, ...] = (
         "broken",
         "Numbers that are not finite",
         "NaN or infinity in the states",
-        "Lower rate, or cap and rewind where the rate explains it; a stop once nothing is left.",
-        "A copy from before the first NaN is finite. A lower rate repairs no NaN.",
+        "Back to the last copy, where the loss or the gradient norm is not finite either: at the same rate the first "
+        "time, at a lower one later. Without copies: lower rate. A stop once nothing is left.",
+        "The weights are finite again, and the batch at fault is past. A lower rate repairs no NaN.",
         "Restart from a checkpoint. Look for overflow in 16 bits and for a bad batch.",
     ),
 )

@@ -27,7 +27,7 @@ from benchmarks.proving_ground.outcomes import (
     shown_at,
     spiked,
 )
-from benchmarks.proving_ground.training import FAILURES, Launch, Recipe, is_due, risk_config, train
+from benchmarks.proving_ground.training import BAD_BATCHES, FAILURES, Launch, Recipe, is_due, risk_config, train
 from koopmon.profiling import capture_states
 
 
@@ -245,8 +245,16 @@ def test_a_fault_changes_the_run_from_its_step_on(failure: Any) -> None:
     recipe = Recipe(family="pre", width=16, num_layers=2, lr=1e-2, seed=3, steps=12, warmup=3, batch=4, num_tokens=16)
     _, plain = train(replace(recipe, failure="shift") if failure == "stale_shift" else recipe)
     _, faulted = train(replace(recipe, failure=failure))
-    changed = np.flatnonzero(plain["loss"] != faulted["loss"])
-    firsts = {"no_warmup": 1, "bf16": 0, "shift": 0, "stale_shift": 1, "bad_batches": 6, "bad_stretch": 6}
+    changed = np.flatnonzero(plain["loss"][: len(faulted["loss"])] != faulted["loss"])  # it ends at a loss of NaN
+    firsts = {
+        "no_warmup": 1,
+        "bf16": 0,
+        "shift": 0,
+        "stale_shift": 1,
+        "bad_batches": 6,
+        "bad_stretch": 6,
+        "nan_batch": 6,
+    }
     first = firsts.get(failure, 7)
     assert changed[0] == first, "the fault reaches the update of step 6, or its batch, and the loss after it"
 

@@ -2,7 +2,8 @@
 
 Copies are taken at step edges, after an update and before the next forward: at the start, then in a slot that each copy
 overwrites. Every fourth copy moves the content of that slot to a second slot first, which is therefore 1 to 5 intervals
-old. All ranks take their copies at the same steps. Rank 0 decides for all which copy to return to.
+old. All ranks take their copies at the same steps, and none of weights that are not finite. Rank 0 decides for all
+which copy to return to.
 """
 
 from __future__ import annotations
@@ -273,7 +274,7 @@ class RewindAction(ControlAction):
         if not self._within_limit(self._start.nbytes + (NUM_COPIES - 1) * training.nbytes):
             return
         self._set_refusal("")
-        if step % interval:
+        if step % interval or not training.is_finite:
             return
         if step % (SECOND_SLOT * interval) == 0 and self._recent.step is not None:
             self._recent, self._older = self._older, self._recent
@@ -296,6 +297,8 @@ class RewindAction(ControlAction):
         bounds = max(shares, default=-1) < len(self._optimizers.rates())
         ready = copy is not None and training is not None and copy.fits(training) and bounds
         if not agree(ready) or copy is None or training is None:
+            if copy is not None:
+                copy.clear()  # a rank without it would refuse it again
             return Completion("failed", f"the copy of step {copy_step} no longer fits the training on every rank")
         copy.restore(training)
         for each in self._held():

@@ -8,6 +8,7 @@ the user's references stay valid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -67,6 +68,14 @@ class TrainingState:
             self.plain[key] = value
         else:
             raise CannotCopyError(f"the optimizer's {key[-1]} is a {type(value).__name__}")
+
+    @property
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """True if no weight is NaN or infinite."""
+        weights = [each for key, each in self.tensors.items() if key[0] == "weight" and _has_norm(each)]
+        largest = torch._foreach_norm(weights, math.inf) if weights else ()
+        return all(math.isfinite(each) for each in largest)
 
     @property
     def nbytes(self) -> int:
@@ -155,6 +164,10 @@ def _local(tensor: Tensor) -> Tensor:
     if 0 in strides and any(not stride and size > 1 for stride, size in zip(strides, local.shape, strict=True)):
         raise CannotCopyError("the training has tensors whose elements share memory")
     return local
+
+
+def _has_norm(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and (tensor.is_complex() or (tensor.is_floating_point() and tensor.element_size() > 1))
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -156,6 +156,34 @@ def test_after_a_rewind_the_training_goes_on_as_from_the_copy(
         assert torch.equal(one, other), "the start is the state before the first forward"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_not_copied(value: float, bench: Callable[..., Bench]) -> None:
+    training = bench()
+    training.train(70)
+    assert training.facts["rewind_steps"] == [0, 48, 64]
+    before = [each.detach().clone() for each in training.action._recent._tensors.values()]
+    with torch.no_grad():
+        next(iter(training.model.parameters())).view(-1)[-1] = value
+    training.train(70)
+    assert training.facts["rewind_steps"] == [0, 48, 64], "the last copies from before the fault stay"
+    assert training.rewind(min_age_steps=8) == ("applied", "returned to step 64")
+    weights = [each for key, each in training.action._training().tensors.items()]
+    assert all(torch.equal(old, new) for old, new in zip(before, weights, strict=True))
+    training.train(10)
+    assert training.facts["rewind_steps"][-1] == 144, "the training is copied again"
+
+
+def test_a_copy_on_which_the_ranks_disagree_is_not_offered_again(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = bench()
+    training.train(70)
+    monkeypatch.setattr("koopmon.agent.control.state_copies.StateCopy.fits", lambda self, state: self.step != 64)
+    assert training.rewind()[0] == "failed"
+    assert training.facts["rewind_steps"] == [0, 48]
+    assert training.rewind() == ("applied", "returned to step 48")
+
+
 def test_a_copy_must_be_old_enough_and_from_a_low_rate(bench: Callable[..., Bench]) -> None:
     training = bench(optimizer=lambda parameters: SGD(parameters, lr=0.001))
     for step in range(120):

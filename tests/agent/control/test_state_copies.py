@@ -306,3 +306,26 @@ def test_weights_that_no_optimizer_updates_are_put_back_as_well() -> None:
             each += 1.0
     copy.restore(state)
     assert all(torch.equal(a, b) for a, b in zip(before, values(model), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64])
+def test_one_weight_that_is_not_finite_is_found_in_any_type(dtype: torch.dtype) -> None:
+    model = nn.ParameterList([nn.Parameter(torch.ones(3, dtype=dtype)), nn.Parameter(torch.ones(2, 2, dtype=dtype))])
+    optimizer = SGD(model.parameters(), lr=0.1)
+    assert TrainingState(model, optimizer).is_finite
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            model[1][1, 0] = value
+        assert not TrainingState(model, optimizer).is_finite
+
+
+def test_whether_weights_are_finite_does_not_depend_on_buffers_whole_numbers_or_empty_ones() -> None:
+    model = nn.Module()
+    model.register_buffer("mask", torch.full((2, 2), float("-inf")))
+    model.weight = nn.Parameter(torch.ones(2))
+    model.table = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+    model.empty = nn.Parameter(torch.empty(0))
+    large = nn.Parameter(torch.full((4,), 6e4, dtype=torch.float16))  # a sum of squares would overflow
+    model.large = large
+    state = TrainingState(model, SGD(model.parameters(), lr=0.1))
+    assert state.is_finite
