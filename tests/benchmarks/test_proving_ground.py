@@ -27,7 +27,7 @@ from benchmarks.proving_ground.outcomes import (
     shown_at,
     spiked,
 )
-from benchmarks.proving_ground.training import BAD_BATCHES, FAILURES, Launch, Recipe, is_due, risk_config, train
+from benchmarks.proving_ground.training import FAILURES, Launch, Recipe, is_due, risk_config, train
 from koopmon.profiling import capture_states
 
 
