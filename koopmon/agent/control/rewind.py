@@ -90,8 +90,8 @@ class RewindAction(ControlAction):
         """The reason why the last rewind bounds no group more; empty if there is none."""
         self._num_copies = 0
         self._num_rewinds = 0
-        self._run = ""
-        """The run of the command in force; empty on the ranks that do not decide."""
+        self._run = self._reason = ""
+        """The run and the reason of the command in force; empty on the ranks that do not decide."""
 
     # The decision, on rank 0.
 
@@ -118,7 +118,7 @@ class RewindAction(ControlAction):
             ages = ", ".join(f"step {copy.step} at rate {copy.rate:.3g}" for copy in self._held()) or "none"
             wanted = f"at least {asked.min_age_steps} steps old at a rate of at most {asked.max_rate:.3g}"
             raise RequestRefusedError(f"no rewind: no copy is {wanted}; copies: {ages}")
-        self._run = request.run
+        self._run, self._reason = request.run, request.reason
         copy = max(fitting, key=lambda each: each.step or 0)
         before, found = self._shares(state), self._shares_from(copy, asked.max_rate, state)
         shares = rate_shares.as_parameters(found)
@@ -306,8 +306,9 @@ class RewindAction(ControlAction):
                 each.clear()
         self._num_rewinds += 1
         cap = self._backoff.parameters(state).get("max_rate")
-        more = f"; parameter groups with a bound on their rate: {len(shares)}" if shares else ""
-        more += f"; no further bound: {self._no_bound}" if self._no_bound else ""
+        more = "" if cap is not None or not self._reason else f"; {self._reason}"
+        bounded = f"; parameter groups with a bound on their rate: {len(shares)}" if shares else ""
+        bounded += f"; no further bound: {self._no_bound}" if self._no_bound else ""
         logger.log(
             logging.WARNING if self._run else logging.DEBUG,
             "koopmon: %s: weights and optimizer state returned from step %d to step %d, %d steps are lost, %s%s",
@@ -316,9 +317,9 @@ class RewindAction(ControlAction):
             copy_step,
             step - copy_step,
             "the learning rate is not capped" if cap is None else f"the learning rate is capped at {cap:.3g}",
-            more,
+            more + bounded,
         )
-        return Completion("applied", f"returned to step {copy_step}{more}"[:MAX_TEXT])
+        return Completion("applied", f"returned to step {copy_step}{bounded}"[:MAX_TEXT])
 
     def _training(self) -> TrainingState:
         model = self._model()

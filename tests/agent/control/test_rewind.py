@@ -593,6 +593,19 @@ def test_a_rewind_is_carried_out_at_the_edge_after_its_step() -> None:
     assert alone.action.facts()["rewinds"] == 1
 
 
+def test_a_rewind_without_a_cap_is_logged_with_its_reason(
+    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    training = bench()
+    training.train(20)
+    assert training.rewind() == ("applied", "returned to step 16")
+    (line,) = [each.getMessage() for each in caplog.records if "returned" in each.getMessage()]
+    assert line == (
+        "koopmon: job: weights and optimizer state returned from step 21 to step 16, 5 steps are lost, "
+        "the learning rate is not capped; a test"
+    )
+
+
 def test_a_rank_that_does_not_decide_returns_too_and_logs_it_for_debugging(caplog: pytest.LogCaptureFixture) -> None:
     alone = Alone()
     alone.step(0)
