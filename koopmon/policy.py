@@ -505,7 +505,7 @@ def _restore(case: _Case) -> Proposal | None:
         Action(
             kind="rewind",
             reason=f"{_ruin(state, case.seen, case.risk, config)}: back to the last copy",
-            rewind=Rewind(max_rate=MAX_RATE, min_age_steps=config.rewind_age_steps),
+            rewind=Rewind(max_rate=MAX_RATE, min_age_steps=config.rewind_age_steps, unless_finite=True),
             expires_in_steps=config.expires_in_steps,
         )
     ]

@@ -1311,7 +1311,11 @@ def test_a_training_that_is_not_finite_returns_to_its_last_copy_at_its_rate(expo
     assert run.actions == [], "one snapshot may be one bad batch"
     run.see(1.0, **broken)
     ((step, action),) = run.actions
-    assert (step, action.kind, action.rewind) == (11, "rewind", Rewind(max_rate=MAX_RATE, min_age_steps=8))
+    assert (step, action.kind, action.rewind) == (
+        11,
+        "rewind",
+        Rewind(max_rate=MAX_RATE, min_age_steps=8, unless_finite=True),
+    )
     assert action.reason == "the states and the loss are not finite: back to the last copy"
     run.see(1.0, steps=100, **broken)
     assert len(run.actions) == 1, "the rewind is not answered"

@@ -10,7 +10,7 @@ from typing import Annotated, Final, Literal, get_args
 import msgspec
 from msgspec import Meta, Struct
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 MAX_STEP: Final = (1 << 53) - 1
 """The largest optimizer step: a double represents every integer up to this value."""
 MAX_MODULUS: Final = 1000.0
@@ -267,6 +267,8 @@ class Rewind(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The learning rate in force was at most this when the copy was taken."""
     min_age_steps: Annotated[int, Meta(ge=0, le=MAX_AGE_STEPS)]
     """The copy is at least this many optimizer steps old, or from before the first step."""
+    unless_finite: bool = False
+    """True for a training that seems to be NaN: the agent refuses the rewind while its weights are finite."""
 
 
 class Command(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="command"):

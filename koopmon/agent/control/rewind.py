@@ -106,6 +106,8 @@ class RewindAction(ControlAction):
             raise RequestRefusedError(f"no rewind: {most} rewinds in this launch, the most allowed")
         if self.parameters(state).get("at_step") == step:
             raise RequestRefusedError("no rewind: another one comes in force at this step")
+        if asked.unless_finite and self._has_finite_weights():
+            raise RequestRefusedError("no rewind: the weights are finite")
         # The rate in force under a cap is a product that may exceed the cap by a rounding error.
         fitting = [
             copy
@@ -126,6 +128,12 @@ class RewindAction(ControlAction):
             shares[rate_shares.BOUNDED_AT] = step
         kept = {name: each for name, each in self.parameters(state).items() if not name.startswith(rate_shares.PREFIX)}
         return Target(1.0, {**kept, "at_step": step, "copy_step": copy.step or 0, **shares})
+
+    def _has_finite_weights(self) -> bool:
+        try:
+            return self._training().is_finite
+        except _FAILURES:
+            return False  # the rewind itself then says why it cannot be
 
     def _restored(self, applied: Applied, state: ControlState) -> Target:
         """Return the target that has the bounds of an earlier launch. Its rewinds are not repeated."""

@@ -93,8 +93,8 @@ class Bench:
         assert outcome.command_id == name["id"]
         return outcome
 
-    def rewind(self, max_rate: float = 1.0, min_age_steps: int = 0) -> tuple[str, str]:
-        result = self.command("rewind", rewind=Rewind(max_rate=max_rate, min_age_steps=min_age_steps))
+    def rewind(self, max_rate: float = 1.0, min_age_steps: int = 0, **more: bool) -> tuple[str, str]:
+        result = self.command("rewind", rewind=Rewind(max_rate=max_rate, min_age_steps=min_age_steps, **more))
         assert self.runtime.breaker.num_errors == 0
         return result.outcome, result.detail
 
@@ -166,11 +166,20 @@ def test_weights_that_are_not_finite_are_not_copied(value: float, bench: Callabl
         next(iter(training.model.parameters())).view(-1)[-1] = value
     training.train(70)
     assert training.facts["rewind_steps"] == [0, 48, 64], "the last copies from before the fault stay"
-    assert training.rewind(min_age_steps=8) == ("applied", "returned to step 64")
+    assert training.rewind(min_age_steps=8, unless_finite=True) == ("applied", "returned to step 64")
     weights = [each for key, each in training.action._training().tensors.items()]
     assert all(torch.equal(old, new) for old, new in zip(before, weights, strict=True))
     training.train(10)
     assert training.facts["rewind_steps"][-1] == 144, "the training is copied again"
+
+
+def test_a_rewind_for_nan_is_refused_while_the_weights_are_finite(bench: Callable[..., Bench]) -> None:
+    """A loop that drops the batches with a loss of NaN keeps its weights."""
+    training = bench()
+    training.train(40)
+    assert training.rewind(unless_finite=True) == ("refused", "no rewind: the weights are finite")
+    assert training.facts["rewinds"] == 0
+    assert training.rewind()[0] == "applied"
 
 
 def test_a_copy_on_which_the_ranks_disagree_is_not_offered_again(
