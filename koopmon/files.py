@@ -40,10 +40,19 @@ def locked(path: Path) -> IO[bytes]:
         file.close()
 
 
+def open_regular(path: Path) -> IO[bytes]:
+    """Open an existing regular file for reading. A pipe, whose opening could wait for ever, raises OSError."""
+    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(number, "rb")
+
+
 def is_locked(path: Path) -> bool:
     """Return True if a process holds the lock of `path`; False also for a missing file. Raises OSError."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open_regular(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

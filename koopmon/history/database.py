@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import logging
 import os
 import sqlite3
+import stat
 from pathlib import Path
 from typing import IO
 
@@ -40,7 +42,8 @@ def take_lock(path: Path) -> IO[bytes]:
     as `open_private` does.
     """
     with contextlib.suppress(FileNotFoundError):
-        if os.stat(path).st_nlink > 1:
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
             raise StoreError(f"store {path}: has a second name (a hard link): remove one, or choose another file")
     place = lock_file(path)
     try:
@@ -138,13 +141,18 @@ def _opened(path: Path) -> sqlite3.Connection:
 
 
 def _check_beginning(path: Path) -> None:
-    """Raise DamageError for an empty file with a non-empty log.
+    """Raise DamageError for an empty file with a non-empty log, and OSError for a link, a pipe or a directory.
 
-    SQLite treats the empty file as a new database and deletes the log, which may hold the only remaining data.
+    SQLite treats the empty file as a new database and deletes the log, which may hold the only remaining data. The path
+    had no link when the monitor started: a later one leads to a file that someone else chose.
     """
     log = path.with_name(path.name + "-wal")
-    if path.exists() and path.stat().st_size == 0 and log.exists() and log.stat().st_size > 0:
-        raise DamageError("the file is empty, its log is not")
+    with contextlib.suppress(FileNotFoundError):
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "a link or no regular file", str(path))
+        if not status.st_size and log.exists() and log.stat().st_size > 0:
+            raise DamageError("the file is empty, its log is not")
 
 
 def _ours(path: Path) -> bool:

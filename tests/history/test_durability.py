@@ -618,3 +618,81 @@ def test_a_missing_column_is_one_line_for_the_reader_and_no_end_of_the_monitor(t
         store.close()
     assert refusals
     assert all(refusal.isprintable() for refusal in refusals)
+
+
+def _replace_by_a_pipe(path: Path, _: Path) -> None:
+    os.mkfifo(path)
+
+
+def _replace_by_a_directory(path: Path, _: Path) -> None:
+    path.mkdir()
+
+
+def _replace_by_a_link(path: Path, other: Path) -> None:
+    other.touch()
+    path.symlink_to(other)
+
+
+def _replace_by_a_link_to_nothing(path: Path, other: Path) -> None:
+    path.symlink_to(other)
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [_replace_by_a_pipe, _replace_by_a_directory, _replace_by_a_link, _replace_by_a_link_to_nothing],
+)
+def test_a_store_that_is_replaced_by_no_file_pauses_until_it_is_gone(
+    path: Path,
+    tmp_path: Path,
+    clock: Clock,
+    open_store: Callable[..., HistoryWriter],
+    caplog: pytest.LogCaptureFixture,
+    replace: Callable[[Path, Path], None],
+) -> None:
+    store = open_store()
+    decide(store, 0)
+    for each in tmp_path.glob(f"{path.name}*"):
+        if each.suffix != ".lock":
+            each.rename(tmp_path / f"kept-{each.name}")
+    other = tmp_path / "other"
+    replace(path, other)
+    keep_up(store, clock, RUN)
+    assert not store.recording
+    decide(store, 1)
+    assert caplog.text.count("still paused: ") == 1
+    assert "regular file" in caplog.text
+    assert not other.exists() or not other.stat().st_size, "the file of another is left alone"
+    path.rmdir() if path.is_dir() else path.unlink()
+    keep_up(store, clock, RUN)
+    assert store.recording
+    store.close()
+    assert ids(path)[-1] == command(1).id
+
+
+def test_a_store_that_is_replaced_while_recording_is_paused_is_begun_anew(
+    path: Path, clock: Clock, open_store: Callable[..., HistoryWriter]
+) -> None:
+    store = open_store()
+    decide(store, 0)
+    store._pause(sqlite3.OperationalError("disk I/O error"))
+    for each in path.parent.glob(f"{path.name}*"):
+        if each.suffix != ".lock":
+            each.unlink()
+    decide(store, 1)
+    keep_up(store, clock, RUN)
+    assert store.recording
+    store.close()
+    assert ids(path) == [command(1).id]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "device"])
+def test_a_store_that_is_no_file_is_refused_at_once(path: Path, kind: str) -> None:
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "directory":
+            path.mkdir()
+        case "device":
+            path.symlink_to("/dev/null")
+    with pytest.raises(StoreError, match="regular file"):
+        HistoryWriter.open(path)
