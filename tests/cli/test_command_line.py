@@ -208,3 +208,8 @@ def test_the_latest_run_is_the_default(state: Path, capfdbinary: pytest.CaptureF
     assert main([verb, *words, "--store", str(state / "state" / "koopmon" / "runs" / "alpha-1.sqlite3")]) == 0
     told = json.loads(capfdbinary.readouterr().out)
     assert (told[0] if verb == "export" else told)["run"] == "alpha-1"
+
+
+def test_what_a_peer_or_a_file_says_is_one_printable_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console.warn("the monitor refuses: \x1b[2J\nkoopmon: all is well\u202e")
+    assert capsys.readouterr().err == "koopmon: the monitor refuses: ?[2J?koopmon: all is well?\n"
