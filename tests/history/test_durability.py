@@ -241,6 +241,29 @@ def test_size_takes_the_oldest_of_what_is_over_first_and_no_decision(
     assert path.stat().st_size < 3 << 20, "the space goes back to the file system"
 
 
+def test_launches_without_a_decision_go_last(
+    open_store: Callable[..., HistoryWriter], path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A peer can begin any number of runs and launches."""
+    store = open_store(max_bytes=1 << 20)
+    decide(store, 0, run=OTHER)
+    store.record_state(NOW, OTHER, FIRST, 0, end_reason="finished")
+    for number in range(1000):
+        store.record_hello(NOW, hello(RUN, f"{number:08x}", hostname="h" * 255))
+        store.record_hello(NOW, hello(f"run-{number}", hostname="h" * 255))
+        store.record_state(NOW, f"run-{number}", FIRST, 0, end_reason="g" * 512)
+    store.commit()
+    for _ in range(200):
+        keep_up(store, clock, RUN)
+    pages = store._retention._pragma("page_count") - store._retention._pragma("freelist_count")
+    assert pages * store._retention._pragma("page_size") < 1 << 20
+    with HistoryReader.open(path) as history:
+        assert OTHER in history.runs()
+        assert history.incarnations(RUN)[-1].incarnation == f"{999:08x}"
+    assert ids(path, OTHER) == [command(0).id]
+    assert "nothing more is deleted" not in caplog.text
+
+
 def test_decisions_alone_are_kept_beyond_the_size_and_said_once(
     open_store: Callable[..., HistoryWriter], clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
