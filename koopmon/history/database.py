@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import fcntl
 import logging
 import os
 import sqlite3
 import stat
+import struct
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +28,8 @@ SIGNATURE = b"CREATE TABLE incarnations"
 """Bytes in the first pages of every store. They identify a store with a damaged header."""
 HEAD_BYTES = 1 << 16
 COMPANIONS = ("-wal", "-shm")
+CLAIMED_BYTE = 1 << 62
+"""Position of the byte that a monitor locks. SQLite locks the bytes from 1 << 30 on."""
 BUSY_SECONDS = 5.0
 """Longest wait for another process that holds the file's write lock, such as a backup."""
 
@@ -126,8 +130,16 @@ def _opened(path: Path) -> sqlite3.Connection:
     _check_beginning(path)
     if not path.exists():
         open_private(path).close()  # SQLite gives its log the mode of the file
-    # The thread that opens the store is not the one that writes it; only one of them uses it at a time.
-    database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    claim = claim_file(path)
+    try:
+        # The thread that opens the store is not the one that writes it; only one of them uses it at a time.
+        database = sqlite3.connect(
+            path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, factory=_ClaimedConnection
+        )
+    except BaseException:
+        os.close(claim)
+        raise
+    database.claim = claim
     try:
         # Check before the first write, so that a damaged file is kept unchanged.
         found = database.execute("PRAGMA quick_check(1)").fetchone()
@@ -138,6 +150,39 @@ def _opened(path: Path) -> sqlite3.Connection:
         database.close()
         raise
     return database
+
+
+class _ClaimedConnection(sqlite3.Connection):
+    """A connection to a file that no other monitor has open."""
+
+    claim: int | None = None
+    """Descriptor of the file. It is closed last: the locks of SQLite end when the process closes any descriptor."""
+
+    def close(self) -> None:
+        super().close()
+        claim, self.claim = self.claim, None
+        if claim is not None:
+            os.close(claim)
+
+
+def claim_file(path: Path) -> int:
+    """Return a descriptor that locks the file `path` under all of its names, until it is closed.
+
+    A file may be mounted elsewhere, or moved behind a link while it is open: `take_lock` then locks another name. The
+    lock is one byte far behind those of SQLite. It belongs to the descriptor, so that SQLite cannot release it. Raises
+    StoreError if another process has the file.
+    """
+    number = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.fcntl(number, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, CLAIMED_BYTE, 1, 0))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            os.close(number)
+            raise StoreError(
+                f"store {path}: in use by another monitor under another name: choose another file"
+            ) from None
+        logger.debug("store %s: the file system has no locks: %s", path, error)
+    return number
 
 
 def _check_beginning(path: Path) -> None:

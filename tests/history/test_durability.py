@@ -23,6 +23,7 @@ from torch import Tensor
 from koopmon.config import StoreConfig
 from koopmon.errors import StoreError
 from koopmon.history.reader import HistoryReader
+from koopmon.history.removal import remove_run
 from koopmon.history.retention import DAY_SECONDS
 from koopmon.history.schema import SCHEMA_VERSION
 from koopmon.history.writer import HistoryWriter
@@ -719,3 +720,45 @@ def test_a_store_that_is_no_file_is_refused_at_once(path: Path, kind: str) -> No
             path.symlink_to("/dev/null")
     with pytest.raises(StoreError, match="regular file"):
         HistoryWriter.open(path)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_store_that_moves_while_it_is_open_has_one_writer(
+    path: Path, tmp_path: Path, open_store: Callable[..., HistoryWriter], linked: bool
+) -> None:
+    """As to a larger disk, with a link in the old place. The lock file of the new place is free."""
+    store = open_store()
+    decide(store, 0)
+    (tmp_path / "large").mkdir()
+    moved = tmp_path / "large" / path.name
+    for suffix in ("", "-wal", "-shm"):
+        path.with_name(path.name + suffix).rename(moved.with_name(moved.name + suffix))
+    if linked:
+        path.symlink_to(moved)
+    with pytest.raises(StoreError, match="in use by another monitor under another name"):
+        HistoryWriter.open(moved)
+    with pytest.raises(StoreError, match="in use by another monitor under another name"):
+        remove_run(moved, RUN)
+    assert not moved.with_name(f"{moved.name}.lock").exists()
+    decide(store, 1)
+    store.close()
+    HistoryWriter.open(moved).close()
+    assert ids(moved) == [command(0).id, command(1).id]
+
+
+@pytest.mark.process
+def test_a_store_that_is_mounted_under_a_second_name_has_one_writer(
+    path: Path, tmp_path: Path, open_store: Callable[..., HistoryWriter]
+) -> None:
+    store = open_store()
+    decide(store, 0)
+    second = tmp_path / "second.sqlite3"
+    second.touch()
+    mounted = subprocess.run(["mount", "--bind", str(path), str(second)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount: {mounted.stderr.strip()}")
+    try:
+        with pytest.raises(StoreError, match="in use by another monitor under another name"):
+            HistoryWriter.open(second)
+    finally:
+        subprocess.run(["umount", str(second)], check=True)
