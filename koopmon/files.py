@@ -102,6 +102,16 @@ def open_private(path: Path, *, truncate: bool = False) -> IO[bytes]:
     return open(number, "r+b")
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, or leave the one that is there: a full disk costs no earlier file. Raises OSError."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def check_private(path: Path, name: str) -> None:
     """Refuse a file that others can read or own; `name` is its configuration field. Raises ConfigError."""
     try:
