@@ -271,8 +271,8 @@ class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_pending_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 44)] = 2 << 30
     """Memory for incomplete snapshots, and as much again for snapshots that wait for the engine."""
     max_memory_bytes: Annotated[int, Meta(ge=0, le=1 << 50)] = 0
-    """Resident memory above which the monitor closes all connections; agents connect again. 0: half of the memory of
-    the container or host."""
+    """Resident memory above which the monitor closes all connections; agents connect again. 0: half of what the monitor
+    leaves of the memory of the container or host, beside what it uses at its start."""
     assemble_timeout_seconds: Annotated[float, Meta(ge=0.01, le=3600.0)] = 5.0
     """Longest time that a snapshot waits for missing shards. The monitor then profiles the shards that it has, or drops
     the snapshot if they are too few."""

@@ -40,10 +40,19 @@ def locked(path: Path) -> IO[bytes]:
         file.close()
 
 
+def open_regular(path: Path) -> IO[bytes]:
+    """Open an existing regular file for reading. A pipe, whose opening could wait for ever, raises OSError."""
+    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(number, "rb")
+
+
 def is_locked(path: Path) -> bool:
     """Return True if a process holds the lock of `path`; False also for a missing file. Raises OSError."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open_regular(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -91,6 +100,16 @@ def open_private(path: Path, *, truncate: bool = False) -> IO[bytes]:
     if truncate:
         os.truncate(number, 0)
     return open(number, "r+b")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, or leave the one that is there: a full disk costs no earlier file. Raises OSError."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def check_private(path: Path, name: str) -> None:

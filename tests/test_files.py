@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 from pathlib import Path
 from typing import IO
 
 import pytest
 
 from koopmon.errors import ConfigError
-from koopmon.files import check_private, is_locked, locked, open_private, read_secret, why_not_private
+from koopmon.files import (
+    check_private,
+    is_locked,
+    locked,
+    open_private,
+    open_regular,
+    read_secret,
+    why_not_private,
+    write_whole,
+)
 
 
 @pytest.fixture
@@ -100,6 +110,36 @@ def test_no_file_of_another_is_opened_through_ours(tmp_path: Path, kind: str) ->
         open_private(path, truncate=True)
     assert precious.read_text() == "precious"
     assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "device"])
+def test_nothing_but_a_file_is_opened_for_reading(tmp_path: Path, kind: str) -> None:
+    """The opening of a pipe without a writer would never return."""
+    path = tmp_path / "x"
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "directory":
+            path.mkdir()
+        case "device":
+            path.symlink_to("/dev/zero")
+    for opening in (open_regular, is_locked):
+        with pytest.raises(OSError, match="not a regular file"):
+            opening(path)
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_the_earlier_one(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_whole(path, "the earlier one")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_whole(path, "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "the earlier one"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The agent's install has no typer: there `koopmon.cli.agent_only` reads the comma
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -74,6 +75,10 @@ def _typed(words: list[str]) -> list[str]:
     return line.split()[1:]
 
 
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. A user error is one line on standard error, without a traceback."""
     words = sys.argv[1:] if argv is None else list(argv)
@@ -86,11 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words in (["-h"], ["--help"]) and COMPLETION not in os.environ:
             from koopmon.cli.overview import overview
 
-            print(overview({name: summary for name, (summary, _) in VERBS.items()}))  # noqa: T201 - standard output
+            print(overview({name: summary for name, (summary, _) in VERBS.items()}), flush=True)  # noqa: T201 - standard output
             return 0
         from koopmon.cli.app import call
 
         status = call(words, verb)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # at the exit an error would be a traceback
     except KoopmonError as error:
         warn(str(error))
         return error.exit_status
@@ -98,8 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader has closed standard output; without the redirect the flush at exit would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        _discard_output()
+        warn(f"standard output cannot be written: {error.strerror}")
+        return 1
     except Exception as error:
         # The attribute identifies the option parser's own errors, whichever click package raises them.
         message = getattr(error, "format_message", None)

@@ -15,6 +15,7 @@ from koopmon.cli.find_history import opened
 from koopmon.cli.options import AsJson, ConfigFile, HistoryFile, option, run_names
 from koopmon.config import load
 from koopmon.errors import ConfigError, KoopmonError, one_line
+from koopmon.files import write_whole
 
 if TYPE_CHECKING:
     from koopmon.views.comparison import ComparedRun
@@ -53,7 +54,7 @@ def compare(
         from koopmon.report.comparison_page import comparison_page
 
         try:
-            out.write_text(comparison_page(_rows(found), shared, _nothing(found, act_risk), recorded, policy), "utf-8")
+            write_whole(out, comparison_page(_rows(found), shared, _nothing(found, act_risk), recorded, policy))
         except OSError as error:
             raise KoopmonError(f"--out {out}: cannot be written: {error.strerror}") from None
     if as_json:

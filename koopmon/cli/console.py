@@ -6,11 +6,15 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Literal
 
+from koopmon.errors import one_line
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 Verbosity = Literal["quiet", "normal", "verbose"]
 _LEVELS = {"quiet": logging.WARNING, "verbose": logging.DEBUG}
+MAX_LINE = 10_000
+"""Largest number of characters of a message."""
 _verbosity: Verbosity = "normal"
 
 
@@ -33,11 +37,14 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Print a warning or an error, which `koopmon -q` prints too. A closed standard error is ignored."""
+    """Print a warning or an error, which `koopmon -q` prints too. A closed standard error is ignored.
+
+    The text may quote a peer or a file: it is made one printable line.
+    """
     if sys.stderr is None:
         return  # print() would write to standard output, which belongs to the job
     try:
-        print(f"koopmon: {text}", file=sys.stderr, flush=True)  # noqa: T201 - standard error of the command line
+        print(f"koopmon: {one_line(text, MAX_LINE)}", file=sys.stderr, flush=True)  # noqa: T201 - standard error of the command line
     except (OSError, ValueError):
         return
 

@@ -14,8 +14,11 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from koopmon.files import open_regular
 from koopmon.run_names import file_name
 
+MAX_BYTES = 4096
+"""Largest size of such a file."""
 ENDS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 
 
@@ -53,6 +56,7 @@ def _files(directory: str, name: str, suffix: str) -> list[Path]:
 def _writers_parent(kept: Path) -> int | None:
     """Return the process that started the training which wrote this file; None if unknown."""
     try:
-        return int(json.loads(kept.read_bytes())["writer"][2])
-    except (OSError, ValueError, TypeError, LookupError):
+        with open_regular(kept) as file:
+            return int(json.loads(file.read(MAX_BYTES))["writer"][2])
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from koopmon.cli.launch_inspection import state_directory
-from koopmon.files import locked
+from koopmon.files import locked, open_regular
 
 MAX_BYTES = 16_384
 STALE_SECONDS = 60.0
@@ -72,11 +72,11 @@ def live_monitors() -> list[LiveMonitor]:
     """Return the announced monitors that run, oldest first. A file that cannot be read is left out."""
     found = []
     for path in _files(_directory()):
-        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        with contextlib.suppress(OSError), open_regular(path) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                if (monitor := _monitor(file.read(MAX_BYTES))) is not None:
+                if (monitor := _monitor(file.read(MAX_BYTES).decode(errors="replace"))) is not None:
                     found.append(monitor)
     return sorted(found, key=lambda monitor: monitor.started)
 

@@ -72,8 +72,8 @@ def monitor(
 ) -> int:
     """Run the monitor: compute spectra of snapshots, export metrics, and send commands to the agents.
 
-    SIGTERM and SIGINT end it with status 0, after the history is written. The status of --test-notify is 1 if a target
-    did not take the test.
+    SIGTERM, SIGINT and SIGHUP end it with status 0, after the history is written. The status of --test-notify is 1 if a
+    target did not take the test.
     """
     given = overrides("policy", name=policy, dry_run=dry_run, stop=allow_stop)
     given |= overrides("security", keys=keys, insecure_plaintext_tcp=insecure_plaintext_tcp)

@@ -12,6 +12,7 @@ from koopmon.cli.find_history import opened
 from koopmon.cli.options import AsJson, ConfigFile, HistoryFile, RunArgument, option
 from koopmon.config import load
 from koopmon.errors import KoopmonError, one_line
+from koopmon.files import write_whole
 
 
 def report(
@@ -36,17 +37,17 @@ def report(
     with opened(run, store) as (history, path, name):
         facts = build_report(history, path.absolute(), name, policy)
         if out is None and (open_page or not as_json):
-            out = Path(f"koopmon-report-{name.replace('/', '_')}")
+            out = Path(one_line(f"koopmon-report-{name.replace('/', '_')}", 200))
         text = "" if out is None else page(facts)
     if out is not None:
         path = out / "report.html"
         try:
             out.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write_whole(path, text)
         except OSError as error:
             raise KoopmonError(f"--out {out}: cannot be written: {error.strerror}") from None
         if not as_json:
-            heading = [f"Run: {name}"] if run is None else []
+            heading = [one_line(f"Run: {name}")] if run is None else []
             lines = [one_line(f"{name}: {value}", 2000) for name, value in glance(facts).items()]
             results().print(*heading, *lines, path, sep="\n", soft_wrap=True)
         if open_page:

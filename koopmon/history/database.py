@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
+import fcntl
 import logging
 import os
 import sqlite3
+import stat
+import struct
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +28,8 @@ SIGNATURE = b"CREATE TABLE incarnations"
 """Bytes in the first pages of every store. They identify a store with a damaged header."""
 HEAD_BYTES = 1 << 16
 COMPANIONS = ("-wal", "-shm")
+CLAIMED_BYTE = 1 << 62
+"""Position of the byte that a monitor locks. SQLite locks the bytes from 1 << 30 on."""
 BUSY_SECONDS = 5.0
 """Longest wait for another process that holds the file's write lock, such as a backup."""
 
@@ -40,7 +46,8 @@ def take_lock(path: Path) -> IO[bytes]:
     as `open_private` does.
     """
     with contextlib.suppress(FileNotFoundError):
-        if os.stat(path).st_nlink > 1:
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
             raise StoreError(f"store {path}: has a second name (a hard link): remove one, or choose another file")
     place = lock_file(path)
     try:
@@ -123,8 +130,16 @@ def _opened(path: Path) -> sqlite3.Connection:
     _check_beginning(path)
     if not path.exists():
         open_private(path).close()  # SQLite gives its log the mode of the file
-    # The thread that opens the store is not the one that writes it; only one of them uses it at a time.
-    database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    claim = claim_file(path)
+    try:
+        # The thread that opens the store is not the one that writes it; only one of them uses it at a time.
+        database = sqlite3.connect(
+            path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, factory=_ClaimedConnection
+        )
+    except BaseException:
+        os.close(claim)
+        raise
+    database.claim = claim
     try:
         # Check before the first write, so that a damaged file is kept unchanged.
         found = database.execute("PRAGMA quick_check(1)").fetchone()
@@ -137,14 +152,52 @@ def _opened(path: Path) -> sqlite3.Connection:
     return database
 
 
-def _check_beginning(path: Path) -> None:
-    """Raise DamageError for an empty file with a non-empty log.
+class _ClaimedConnection(sqlite3.Connection):
+    """A connection to a file that no other monitor has open."""
 
-    SQLite treats the empty file as a new database and deletes the log, which may hold the only remaining data.
+    claim: int | None = None
+    """Descriptor of the file. It is closed last: the locks of SQLite end when the process closes any descriptor."""
+
+    def close(self) -> None:
+        super().close()
+        claim, self.claim = self.claim, None
+        if claim is not None:
+            os.close(claim)
+
+
+def claim_file(path: Path) -> int:
+    """Return a descriptor that locks the file `path` under all of its names, until it is closed.
+
+    A file may be mounted elsewhere, or moved behind a link while it is open: `take_lock` then locks another name. The
+    lock is one byte far behind those of SQLite. It belongs to the descriptor, so that SQLite cannot release it. Raises
+    StoreError if another process has the file.
+    """
+    number = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.fcntl(number, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, CLAIMED_BYTE, 1, 0))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            os.close(number)
+            raise StoreError(
+                f"store {path}: in use by another monitor under another name: choose another file"
+            ) from None
+        logger.debug("store %s: the file system has no locks: %s", path, error)
+    return number
+
+
+def _check_beginning(path: Path) -> None:
+    """Raise DamageError for an empty file with a non-empty log, and OSError for a link, a pipe or a directory.
+
+    SQLite treats the empty file as a new database and deletes the log, which may hold the only remaining data. The path
+    had no link when the monitor started: a later one leads to a file that someone else chose.
     """
     log = path.with_name(path.name + "-wal")
-    if path.exists() and path.stat().st_size == 0 and log.exists() and log.stat().st_size > 0:
-        raise DamageError("the file is empty, its log is not")
+    with contextlib.suppress(FileNotFoundError):
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "a link or no regular file", str(path))
+        if not status.st_size and log.exists() and log.stat().st_size > 0:
+            raise DamageError("the file is empty, its log is not")
 
 
 def _ours(path: Path) -> bool:

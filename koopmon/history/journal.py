@@ -92,6 +92,8 @@ class Journal:
         self._backlog: deque[Callable[[], None]] = deque()
         self._lost = self._told = 0
         self._paused_at: float | None = None
+        self._still_paused = ""
+        """Last reason in the log why a retry failed."""
         self._left_out_at = -math.inf
         self._damaged = False
         # Retention uses this clock and does not read the calendar again, because the calendar time may jump.
@@ -299,6 +301,8 @@ class Journal:
             return
         self._paused_at = self._clock()
         try:
+            # Another program may replace the file during the pause too.
+            self._damaged = self._damaged or self._moved() or self._emptied()
             if self._damaged:
                 self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             room = os.statvfs(self._path.parent)
@@ -315,10 +319,12 @@ class Journal:
         except SQLITE_ERRORS as error:
             self._pause(error)
         except (OSError, StoreError) as error:
-            logger.debug("store: still paused: %s", error)
+            if (reason := one_line(error)) != self._still_paused:
+                self._still_paused = reason
+                logger.error("store: still paused: %s", reason)
         else:
             self._backlog.clear()
-            self._paused_at = None
+            self._paused_at, self._still_paused = None, ""
             logger.warning("store: recording again")
 
     def _start_over(self) -> None:

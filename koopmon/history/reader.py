@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Annotated, Any, Self, TypeAlias, TypeVar
 from urllib.parse import quote
 
 import msgspec
+from msgspec import Meta
 
 from koopmon.errors import StoreError, one_line
 from koopmon.history.database import is_held
@@ -22,14 +23,17 @@ from koopmon.history.plain_profile import PlainProfile, unpack
 from koopmon.history.schema import SQLITE_ERRORS, check, from_scalar
 from koopmon.wire.messages import MAX_LAYERS, MEASURED, Applied, AtStep, Command, Hello, TrainingStep
 
+Time = Annotated[float, Meta(ge=0.0, le=2.5e11)]
+"""Unix seconds. The last years of datetime are beyond the bound."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRow:
     """One run with all its launches. Times are Unix seconds; `state` is a `koopmon.history.schema.RunState`."""
 
     name: str
-    first_seen: float
-    last_seen: float
+    first_seen: Time
+    last_seen: Time
     state: int
 
 
@@ -53,8 +57,8 @@ class IncarnationRow:
 
     run: str
     incarnation: str
-    started: float
-    ended: float | None
+    started: Time
+    ended: Time | None
     end_reason: str | None
     hello: Hello | None
     applied: Applied | None
@@ -66,7 +70,7 @@ class ProfileHead(msgspec.Struct, frozen=True, kw_only=True):
     id: int
     incarnation: str
     step: int
-    time: float
+    time: Time
     num_shards: int
     masked: bool
     seconds: float
@@ -86,7 +90,7 @@ class AssessmentRow(AtStep, msgspec.Struct, frozen=True, kw_only=True):
 
     incarnation: str
     training: TrainingStep
-    time: float
+    time: Time
     informative: bool
     non_finite: bool
     risk: float
@@ -108,7 +112,7 @@ class CommandRow:
     """
 
     command: Command
-    time: float
+    time: Time
     outcome: str
     acked_step: int | None
     detail: str | None
@@ -120,7 +124,7 @@ class DecisionRow:
 
     incarnation: str
     step: int
-    time: float
+    time: Time
     phase: str
     reason: str
     risk: float
@@ -143,7 +147,7 @@ class HeartbeatRow(AtStep):
 
     incarnation: str
     process_rank: int
-    time: float
+    time: Time
     training: TrainingStep
     step_seconds: float | None
     overhead_ratio: float

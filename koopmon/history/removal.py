@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from pathlib import Path
 
 from koopmon.errors import StoreError, one_line
-from koopmon.history.database import COMPANIONS, release_lock, take_lock
+from koopmon.history.database import COMPANIONS, claim_file, release_lock, take_lock
 from koopmon.history.schema import SQLITE_ERRORS, check
 
 BESIDE = (".log",)
@@ -36,18 +37,23 @@ def remove_run(path: Path, run: str | None) -> int:
         lock = take_lock(path)
     except OSError as error:
         raise StoreError(f"store {path}: {error.strerror}") from None
+    stack = contextlib.ExitStack()
     try:
         before = _size(path)
         try:
+            stack.callback(os.close, claim_file(path))
             with contextlib.closing(sqlite3.connect(path, timeout=2.0, isolation_level=None)) as database:
                 check(database, path, empty_allowed=True)
                 is_last = _delete(database, run)
         except SQLITE_ERRORS as error:
             raise StoreError(f"store {path}: {one_line(error)}") from None
+        except OSError as error:
+            raise StoreError(f"store {path}: {error.strerror}") from None
         if is_last:
             _unlink(path)
         return before - _size(path)
     finally:
+        stack.close()
         # It comes last: a monitor that opens the same path afterwards starts a new store.
         release_lock(path, lock)
 

@@ -1,7 +1,8 @@
 """Prune a history file by age and by size, in small batches that do not block the monitor.
 
 A run in progress keeps all its decisions, commands and acks, including those of earlier launches. The size limit
-deletes no decision of any run: decisions are small, and a restart needs the values in force.
+deletes no decision of any run: decisions are small, and a restart needs the values in force. Launches without one go
+last: a peer can start many.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ _OVER_AT = (
     "coalesce(ended, (SELECT min(started) FROM incarnations AS later"
     " WHERE later.run_id = t.run_id AND later.id > t.id), last_seen)"
 )
+
+_IDLE = (
+    "SELECT id FROM incarnations AS t WHERE NOT EXISTS (SELECT 1 FROM decisions WHERE incarnation_id = t.id)"
+    f" AND (run_id NOT IN{_LIVE} OR id < (SELECT max(id) FROM incarnations WHERE run_id = t.run_id))"
+    f" ORDER BY id LIMIT {BATCH_ROWS}"
+)
+"""The oldest launches without a decision, but for the last one of a run in progress."""
 
 
 class Retention:
@@ -86,6 +94,11 @@ class Retention:
             return False
         over = f"incarnation_id NOT IN (SELECT id FROM incarnations WHERE run_id IN{_LIVE})"
         if self._delete(over, values) or self._delete("1", {}):
+            return True
+        idle = self._database.execute(_IDLE, values).fetchall()
+        for (launch,) in idle:
+            self._forget(launch)
+        if idle:
             return True
         self._shrinking, self.stuck = False, True
         return False

@@ -126,6 +126,8 @@ CREATE INDEX heartbeats_by_step ON heartbeats (incarnation_id, step);
 CREATE INDEX decisions_by_step ON decisions (incarnation_id, step);
 CREATE INDEX commands_by_decision ON commands (decision_id);
 """
+_FOREIGN = "type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%'"
+"""Parts of a schema that no store has. A view could have rows without end, and a trigger could change other rows."""
 MIGRATIONS = {
     1: """
 CREATE INDEX decisions_by_step ON decisions (incarnation_id, step);
@@ -182,7 +184,8 @@ def check(database: sqlite3.Connection, path: Path, *, empty_allowed: bool = Fal
     (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if not tables and empty_allowed:
         return
-    if database.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
+    (foreign,) = database.execute(f"SELECT count(*) FROM sqlite_master WHERE {_FOREIGN}").fetchone()
+    if foreign or database.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
         raise StoreError(f"store {path}: not a koopmon store: choose another file")
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if not 1 <= version <= SCHEMA_VERSION:

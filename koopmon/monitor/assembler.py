@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -109,7 +110,8 @@ class Assembler:
 
     Args:
         timeout_seconds: largest wait of a step, from its first shard on.
-        max_bytes: bound on the memory of all stored shards. The shard that completes a step may exceed it.
+        max_bytes: bound on the memory of all stored shards. The shard that completes a step may exceed it. When it is
+            full, the run that holds the most loses its oldest step.
         min_samples: smallest number of rows of an incomplete snapshot.
         on_drop: called with (run, reason) for each dropped snapshot.
         on_failure: called with (run, error) for a snapshot whose assembly raised. Other snapshots continue.
@@ -120,11 +122,17 @@ class Assembler:
     min_samples: int
     on_drop: Callable[[str, str], None]
     on_failure: Callable[[str, Exception], None]
-    num_bytes: int = field(default=0, init=False)
+    _held_bytes: Counter[RunKey] = field(default_factory=Counter, init=False)
+    """Memory of the shards of each run."""
     _pending: dict[tuple[RunKey, int], _Pending] = field(default_factory=dict, init=False)
     _done: dict[RunKey, int] = field(default_factory=dict, init=False)
     _silent: dict[RunKey, _Silence] = field(default_factory=dict, init=False)
     _limit: LogLimit = field(default_factory=LogLimit, init=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all stored shards."""
+        return self._held_bytes.total()
 
     def add(self, now: float, shard: Shard, states: Sequence[Tensor]) -> list[Snapshot]:
         """Store one shard and return the snapshots that are ready, in the order of their steps.
@@ -161,7 +169,7 @@ class Assembler:
         self._pending[key] = pending
         pending.shards[shard.process_rank] = (shard, states)
         pending.num_bytes += num_bytes
-        self.num_bytes += num_bytes
+        self._held_bytes[run_key] += num_bytes
         if not completes:
             return []
         if silence is not None:
@@ -206,13 +214,16 @@ class Assembler:
             del self._silent[run_key]
 
     def _make_room(self, num_bytes: int, key: tuple[RunKey, int]) -> bool:
-        """Drop the oldest steps until `num_bytes` more fit; return False when `key` itself was dropped.
+        """Drop the oldest step of the run that holds the most memory until `num_bytes` more fit.
 
-        `key` is dropped last. Each dropped step counts as closed, so its later shards are "late".
+        Return False when `key` itself was dropped, which is the last one of its run. Each dropped step counts as
+        closed, so its later shards are "late".
         """
         while self.num_bytes + num_bytes > self.max_bytes:
+            held = self._held_bytes + Counter({key[0]: num_bytes})
+            largest = max(held, key=held.__getitem__)
             # Dictionaries keep the order of insertion, so the first key is the oldest step.
-            oldest = next((other for other in self._pending if other != key), key)
+            oldest = next((other for other in self._pending if other[0] == largest and other != key), key)
             if oldest in self._pending:
                 self._remove(oldest)
             self._done[oldest[0]] = max(oldest[1], self._done.get(oldest[0], -1))
@@ -224,7 +235,9 @@ class Assembler:
     def _remove(self, key: tuple[RunKey, int]) -> _Pending:
         """Remove a step and its bytes from the count."""
         pending = self._pending.pop(key)
-        self.num_bytes -= pending.num_bytes
+        self._held_bytes[key[0]] -= pending.num_bytes
+        if not self._held_bytes[key[0]]:
+            del self._held_bytes[key[0]]
         return pending
 
     def _close_all(self, keys: Iterable[tuple[RunKey, int]]) -> list[Snapshot]:

@@ -32,7 +32,7 @@ from koopmon.monitor.http.live_backfill import LiveBackfill
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.server import WebServer
 from koopmon.monitor.http.web_config import read_access_to_pages
-from koopmon.monitor.memory import MemoryWatch
+from koopmon.monitor.memory import MemoryWatch, memory_limit
 from koopmon.monitor.otlp import open_push
 from koopmon.monitor.rejection_log import RejectionLog
 from koopmon.monitor.service import Outputs, Service
@@ -110,6 +110,7 @@ class Monitor:
         self._grafana = read_access(config.grafana, os.environ) if config.grafana.url else None
         self._targets = read_targets(config.notify, os.environ)
         self._pages = check_url(config.notify.url, "notify.url") if config.notify.url else ""
+        self._memory = MemoryWatch(memory_limit(config.monitor.max_memory_bytes))
         check_device(self.device)
         self._calibrator = calibration.load(Path(chosen)) if (chosen := config.monitor.calibrator) else None
         self._results: deque[Result] = deque()
@@ -179,7 +180,6 @@ class Monitor:
 
     def _open_wire(self, stack: ExitStack) -> AuthorizedKeys | None:
         """Open both channels. Returns the agents' keys; None without key authentication."""
-        self._memory = MemoryWatch(self.config.monitor.max_memory_bytes)
         stack.callback(lambda: self._wire.close())
         self._open_sockets(self.bind, self.data_bind)
         self._check_alike()

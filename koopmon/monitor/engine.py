@@ -64,9 +64,9 @@ class Engine:
     The worker computes one batch of layers at a time, for the run that has used the least computing time (start-time
     fair queueing, Goyal et al. 1997). Neither a fast run nor a large snapshot holds up the others.
 
-    At most `max_waiting` snapshots and `max_bytes` of states wait. Above that, the engine drops the snapshot of the run
-    that has used the most time. `on_failure(run, error)` is called for an error outside profiling; that snapshot is
-    lost, and the thread continues.
+    At most `max_waiting` snapshots and `max_bytes` of states wait. Above the former, the engine drops the snapshot of
+    the run that has used the most time, above the latter the largest one. `on_failure(run, error)` is called for an
+    error outside profiling; that snapshot is lost, and the thread continues.
     """
 
     device: str
@@ -112,10 +112,9 @@ class Engine:
                 if self._newest.pop(run, None) is not None:
                     dropped.append((run, "superseded"))
                 self._newest[run] = snapshot
-            while self.queue_length > 1 and self._over_full():
-                largest = max([*self._first, *self._newest], key=self._used_seconds.__getitem__)
-                self._take_waiting(largest)
-                dropped.append((largest, "engine_queue_full"))
+            while (victim := self._victim()) is not None:
+                self._take_waiting(victim)
+                dropped.append((victim, "engine_queue_full"))
             self._changed.notify_all()
             return dropped
 
@@ -135,9 +134,14 @@ class Engine:
         self._thread.join(timeout_seconds)
         return not self._thread.is_alive()
 
-    def _over_full(self) -> bool:
+    def _victim(self) -> str | None:
+        """Return the run that loses a waiting snapshot; None while there is room, and for a single snapshot."""
         waiting = [*self._first.values(), *self._newest.values()]
-        return len(waiting) > self.max_waiting or sum(each.num_bytes for each in waiting) > self.max_bytes
+        if len(waiting) > 1 and sum(each.num_bytes for each in waiting) > self.max_bytes:
+            return max(waiting, key=lambda each: each.num_bytes).run
+        if len(waiting) > self.max_waiting:
+            return max((each.run for each in waiting), key=self._used_seconds.__getitem__)
+        return None
 
     def _take_waiting(self, run: str) -> Snapshot:
         return (self._first if run in self._first else self._newest).pop(run)

@@ -13,9 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from koopmon.errors import ConfigError
+
 CHECK_SECONDS = 0.25
 PAUSE_SECONDS = 30.0
 """Time after a closure in which the memory may return to the system."""
+ROOM_BYTES = 128 << 20
+"""Memory that a monitor takes between its start and the first profiles; 50 to 100 MiB were measured."""
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -32,15 +36,26 @@ def available_bytes() -> int:
     return host
 
 
+def memory_limit(configured: int) -> int:
+    """Return the limit for a monitor that starts; `configured` 0 stands for half of the memory that is left.
+
+    Raises ConfigError for a limit that a monitor without peers would exceed: it would close all connections for good.
+    """
+    resident = resident_bytes()
+    if not configured:
+        return (resident + max(available_bytes(), resident)) // 2
+    if configured < resident + ROOM_BYTES:
+        expected = f"expected 0, or at least {resident + ROOM_BYTES}: the monitor itself uses {resident >> 20} MiB"
+        raise ConfigError(f"monitor.max_memory_bytes = {configured}: {expected}")
+    return configured
+
+
 @dataclass(slots=True)
 class MemoryWatch:
-    """Checks the resident memory against `max_bytes`; 0 stands for half of the container's or the host's memory."""
+    """Checks the resident memory against `max_bytes`."""
 
     max_bytes: int
     _next_check: float = field(default=0.0, init=False)
-
-    def __post_init__(self) -> None:
-        self.max_bytes = self.max_bytes or available_bytes() // 2
 
     def exceeded(self, now: float) -> int:
         """Return the resident bytes if they are above the limit and a check is due at `now` (seconds), else 0."""

@@ -20,11 +20,12 @@ from koopmon.monitor.target_file import TargetDirectory, announced
 
 
 def serve(monitor: Monitor, ready_file: Path | None = None, targets: TargetDirectory | None = None) -> int:
-    """Run a monitor until SIGTERM or SIGINT; returns exit status 0. Call it in the main thread.
+    """Run a monitor until SIGTERM, SIGINT or SIGHUP; returns exit status 0. Call it in the main thread.
 
     When the monitor accepts messages, it writes a JSON object to `ready_file` (endpoint, data_endpoint, http, scheme,
-    pid), and a target file of Prometheus to `targets`. The files are removed at the end. Under systemd it sends READY,
-    WATCHDOG and STOPPING. Raises EndpointError, KeysError or StoreError, each one line, when it cannot start.
+    pid), and a target file of Prometheus to `targets`. The files are removed at the end, but for the ready file of a
+    monitor for one job: a training that begins later must not wait for it. Under systemd it sends READY, WATCHDOG and
+    STOPPING. Raises EndpointError, KeysError or StoreError, each one line, when it cannot start.
     """
 
     def ready(addresses: Addresses) -> None:
@@ -42,9 +43,11 @@ def serve(monitor: Monitor, ready_file: Path | None = None, targets: TargetDirec
     monitor.ready, monitor.turned = ready, Watchdog().alive
     _raise_descriptor_limit()
     with ExitStack() as stack:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup: the monitor outlives its terminal
             stack.callback(signal.signal, number, signal.signal(number, stop))
-        if ready_file is not None:
+        if ready_file is not None and not monitor.one_job:
             stack.callback(_remove, ready_file)
         monitor.run()
     return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -38,6 +39,8 @@ LAST_STEP = MAX_STEP - MAX_STEPS
 """Largest accepted step: at a later one the expiry of a command could exceed the protocol's last step."""
 MAX_LAUNCHES = 60
 """Maximum number of launches of a run within a minute, so that a peer cannot fill the history with launches."""
+MAX_TURNOVER = 4
+"""New runs within a minute, beside MAX_LAUNCHES, as a multiple of `[monitor] max_runs`."""
 MAX_RETIRED = 64
 """Maximum number of earlier incarnations kept per run, to distinguish a late message from a new launch."""
 
@@ -224,6 +227,8 @@ class RunRegistry:
         self._config = config
         self._agents = agents
         self._runs: dict[str, Run] = {}
+        self._begun: deque[float] = deque()
+        """Times at which runs came to this registry within the last minute."""
         self._heap: list[tuple[float, str]] = []
         """Times at which to look at runs, no later than their deadlines."""
         self._due: dict[str, float] = {}
@@ -272,8 +277,13 @@ class RunRegistry:
             if len(recent) >= MAX_LAUNCHES:
                 what = f"run {hello.run!r} was launched {len(recent)} times within a minute"
                 raise ProtocolError("refused", f"{what}: each launch is a record of the history; wait a minute")
-            victim = self._victim() if before is None else None
+            victim = None
+            if before is None:
+                self._check_turnover(now)
+                victim = self._victim()
             controller, restore = begin(before)
+            if before is None:
+                self._begun.append(now)
             run = Run(hello, controller, now, hello.step, hello.applied, agent, restore)
             run.retired = [*earlier, *([] if before is None else [before.incarnation])][-MAX_RETIRED:]
             run.launched = (*recent, now)
@@ -308,6 +318,14 @@ class RunRegistry:
         if num_peers >= self._config.max_peers:
             limit = "as many as [monitor] max_peers allows"
             raise ProtocolError("refused", f"{name} has {num_peers} connected ranks, {limit}")
+
+    def _check_turnover(self, now: float) -> None:
+        """Raise ProtocolError for too many new runs within a minute. A restart of a known run is none."""
+        while self._begun and now - self._begun[0] >= 60.0:
+            self._begun.popleft()
+        if len(self._begun) >= MAX_LAUNCHES + MAX_TURNOVER * self._config.max_runs:
+            limit = f"the limit for [monitor] max_runs = {self._config.max_runs}"
+            raise ProtocolError("refused", f"{len(self._begun)} new runs came within a minute, {limit}: wait a minute")
 
     def on_message(self, now: float, message: Heartbeat | Ack | Goodbye, identity: bytes, *, key: str = "") -> Run:
         """Note a message of a known peer.

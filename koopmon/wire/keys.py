@@ -25,7 +25,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from koopmon.errors import KeysError, one_line
-from koopmon.files import why_not_private, xdg_directory
+from koopmon.files import open_regular, why_not_private, xdg_directory
 
 MONITOR = "monitor"
 """Name of the monitor's own pair."""
@@ -132,7 +132,7 @@ def read_public(path: Path) -> PublicKey:
 
 def _read(path: Path, what: str, remedy: str, *, private: bool) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if private and (why := why_not_private(path, os.fstat(file.fileno()))):
                 raise KeysError(f"{what} {path}: {why}")
             return file.read(MAX_FILE_BYTES + 1)

@@ -18,6 +18,11 @@ import pytest
 import torch
 
 from benchmarks.fuzz.strangers import GREETING, PING, frame, ready
+from koopmon.agent.circuit_breaker import CircuitBreaker
+from koopmon.agent.comms.io_thread import IOThread
+from koopmon.agent.stats import AgentStats
+from koopmon.config import ControlConfig
+from koopmon.errors import EndpointError
 from koopmon.wire.headers import PREFIX, decode_header, encode_header
 from koopmon.wire.messages import HeartbeatReply, Hello, Welcome
 from tests.agent.conftest import ROOT
@@ -232,3 +237,24 @@ def test_a_flood_costs_the_monitor_its_connection_for_a_while(
     assert "sends more than can be read" in caplog.text
     assert agent.enabled
     monitor.close()
+
+
+def test_an_error_after_the_end_of_the_training_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    """A script that ends within a moment of attach closes the transport while its thread begins."""
+    breaker = CircuitBreaker("the agent")
+    entered, closed = threading.Event(), threading.Event()
+
+    def resolve() -> None:
+        entered.set()
+        closed.wait(30.0)
+        raise EndpointError("the transport is closed")
+
+    nobody: Any = None
+    thread = IOThread("tcp://127.0.0.1:1", ControlConfig(), AgentStats(), breaker, nobody, resolve, nobody)
+    thread.start()
+    assert entered.wait(30.0)
+    thread.close(wait=False)
+    closed.set()
+    thread._thread.join(30.0)
+    assert not caplog.records
+    assert not breaker.tripped

@@ -151,6 +151,15 @@ def test_a_monitor_that_refuses_is_said_once(agents: Attach, tmp_path: Path, cap
     assert job.losses == reference(len(job.losses))
 
 
+def test_a_reason_is_one_printable_line(agents: Attach, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with ScriptedMonitor(tmp_path / "m", refuse="full\x1b[2J\nkoopmon: all is well\u202e") as monitor:
+        job = Job(agents, monitor.endpoint)
+        job.train(lambda: "full" in caplog.text)
+    (line,) = [record.getMessage() for record in caplog.records if "full" in record.getMessage()]
+    assert line.isprintable()
+    assert "full?[2J?koopmon: all is well?" in line
+
+
 @pytest.mark.parametrize(("choice", "end"), [("hold", 0.25), ("ramp", 1.0)])
 def test_what_is_applied_outlives_the_monitor_or_ramps_back_as_configured(
     choice: str, end: float, agents: Attach, tmp_path: Path

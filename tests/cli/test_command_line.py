@@ -17,7 +17,7 @@ from koopmon.cli import VERBS, console, main
 from koopmon.cli.app import make_app
 from koopmon.history.writer import HistoryWriter
 from manual.command_line import verbs
-from tests.cli.conftest import CommandLine
+from tests.cli.conftest import KOOPMON, CommandLine
 from tests.factories import observation, record_observation
 
 WITHOUT_JSON = {
@@ -208,3 +208,19 @@ def test_the_latest_run_is_the_default(state: Path, capfdbinary: pytest.CaptureF
     assert main([verb, *words, "--store", str(state / "state" / "koopmon" / "runs" / "alpha-1.sqlite3")]) == 0
     told = json.loads(capfdbinary.readouterr().out)
     assert (told[0] if verb == "export" else told)["run"] == "alpha-1"
+
+
+def test_what_a_peer_or_a_file_says_is_one_printable_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console.warn("the monitor refuses: \x1b[2J\nkoopmon: all is well\u202e")
+    assert capsys.readouterr().err == "koopmon: the monitor refuses: ?[2J?koopmon: all is well?\n"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("words", [("--help",), ("--version",), ("adapters", "--json"), ("keys", "--help")])
+def test_a_full_disk_behind_standard_output_is_one_line(koopmon: CommandLine, words: tuple[str, ...]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*KOOPMON, *words], env=koopmon.environ, stdout=full, stderr=subprocess.PIPE, timeout=120, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == b"koopmon: standard output cannot be written: No space left on device\n"

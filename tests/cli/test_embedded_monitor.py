@@ -144,6 +144,17 @@ def test_a_training_that_waits_begins_if_its_monitor_cannot_start(koopmon: Any, 
     assert "in use by another monitor" in done.stderr.decode()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_training_does_not_wait_for_a_monitor_that_has_ended(koopmon: Any, number: signal.Signals) -> None:
+    end = LOOK + f"os.kill(told['pid'], {int(number)})\n" + UNTIL_THE_MONITOR_IS_GONE + TRAIN
+    done = koopmon("run", "--", PYTHON, "-c", end)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["waits"]
+    assert seen["seconds"] < MAX_SECONDS / 2
+    assert done.stderr.decode().count("the monitor died") == 1
+
+
 def test_a_signal_during_the_wait_ends_the_job(koopmon: Any) -> None:
     process = koopmon.start("run", "--", PYTHON, "-c", NO_MONITOR + TRAIN)
     assert process.stdout.readline() == b"begins\n"

@@ -89,3 +89,17 @@ def test_the_claims_of_the_jobs_trainings_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     run(tmp_path, 1)
     assert [each.name for each in tmp_path.glob("*.trainings")] == ["team,one2.trainings"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "nested", "endless"])
+def test_settings_that_are_none_of_ours_do_not_hold_up_the_end(tmp_path: Path, kind: str) -> None:
+    kept = tmp_path / "mine.settings"
+    match kind:
+        case "fifo":
+            os.mkfifo(kept)
+        case "nested":
+            kept.write_text("[" * 4096)
+        case "endless":
+            kept.symlink_to("/dev/zero")
+    assert run_with_settings(str(tmp_path), "mine", lambda _: 0) == 0
+    assert os.path.lexists(kept)

@@ -77,6 +77,15 @@ def test_a_file_that_is_no_announcement_is_left_out(live: Path, tmp_path: Path, 
     announcement.close()
 
 
+def test_a_pipe_among_the_announcements_is_left_out(live: Path, tmp_path: Path) -> None:
+    announcement = announce("mine", PAGE, tmp_path / "h.sqlite3")
+    assert announcement is not None
+    os.mkfifo(live / "a.json")
+    (live / "b.json").mkdir()
+    assert [each.run for each in live_monitors()] == ["mine"]
+    announcement.close()
+
+
 def test_a_directory_that_cannot_be_written_does_not_stop_a_job(live: Path, tmp_path: Path) -> None:
     live.parent.mkdir()
     live.write_text("a file in the way")

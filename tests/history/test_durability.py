@@ -23,6 +23,7 @@ from torch import Tensor
 from koopmon.config import StoreConfig
 from koopmon.errors import StoreError
 from koopmon.history.reader import HistoryReader
+from koopmon.history.removal import remove_run
 from koopmon.history.retention import DAY_SECONDS
 from koopmon.history.schema import SCHEMA_VERSION
 from koopmon.history.writer import HistoryWriter
@@ -239,6 +240,29 @@ def test_size_takes_the_oldest_of_what_is_over_first_and_no_decision(
     assert ids(path) + ids(path, OTHER) == ["00000001", "00000000"]
     store.close()
     assert path.stat().st_size < 3 << 20, "the space goes back to the file system"
+
+
+def test_launches_without_a_decision_go_last(
+    open_store: Callable[..., HistoryWriter], path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A peer can begin any number of runs and launches."""
+    store = open_store(max_bytes=1 << 20)
+    decide(store, 0, run=OTHER)
+    store.record_state(NOW, OTHER, FIRST, 0, end_reason="finished")
+    for number in range(1000):
+        store.record_hello(NOW, hello(RUN, f"{number:08x}", hostname="h" * 255))
+        store.record_hello(NOW, hello(f"run-{number}", hostname="h" * 255))
+        store.record_state(NOW, f"run-{number}", FIRST, 0, end_reason="g" * 512)
+    store.commit()
+    for _ in range(200):
+        keep_up(store, clock, RUN)
+    pages = store._retention._pragma("page_count") - store._retention._pragma("freelist_count")
+    assert pages * store._retention._pragma("page_size") < 1 << 20
+    with HistoryReader.open(path) as history:
+        assert OTHER in history.runs()
+        assert history.incarnations(RUN)[-1].incarnation == f"{999:08x}"
+    assert ids(path, OTHER) == [command(0).id]
+    assert "nothing more is deleted" not in caplog.text
 
 
 def test_decisions_alone_are_kept_beyond_the_size_and_said_once(
@@ -618,3 +642,123 @@ def test_a_missing_column_is_one_line_for_the_reader_and_no_end_of_the_monitor(t
         store.close()
     assert refusals
     assert all(refusal.isprintable() for refusal in refusals)
+
+
+def _replace_by_a_pipe(path: Path, _: Path) -> None:
+    os.mkfifo(path)
+
+
+def _replace_by_a_directory(path: Path, _: Path) -> None:
+    path.mkdir()
+
+
+def _replace_by_a_link(path: Path, other: Path) -> None:
+    other.touch()
+    path.symlink_to(other)
+
+
+def _replace_by_a_link_to_nothing(path: Path, other: Path) -> None:
+    path.symlink_to(other)
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [_replace_by_a_pipe, _replace_by_a_directory, _replace_by_a_link, _replace_by_a_link_to_nothing],
+)
+def test_a_store_that_is_replaced_by_no_file_pauses_until_it_is_gone(
+    path: Path,
+    tmp_path: Path,
+    clock: Clock,
+    open_store: Callable[..., HistoryWriter],
+    caplog: pytest.LogCaptureFixture,
+    replace: Callable[[Path, Path], None],
+) -> None:
+    store = open_store()
+    decide(store, 0)
+    for each in tmp_path.glob(f"{path.name}*"):
+        if each.suffix != ".lock":
+            each.rename(tmp_path / f"kept-{each.name}")
+    other = tmp_path / "other"
+    replace(path, other)
+    keep_up(store, clock, RUN)
+    assert not store.recording
+    decide(store, 1)
+    assert caplog.text.count("still paused: ") == 1
+    assert "regular file" in caplog.text
+    assert not other.exists() or not other.stat().st_size, "the file of another is left alone"
+    path.rmdir() if path.is_dir() else path.unlink()
+    keep_up(store, clock, RUN)
+    assert store.recording
+    store.close()
+    assert ids(path)[-1] == command(1).id
+
+
+def test_a_store_that_is_replaced_while_recording_is_paused_is_begun_anew(
+    path: Path, clock: Clock, open_store: Callable[..., HistoryWriter]
+) -> None:
+    store = open_store()
+    decide(store, 0)
+    store._pause(sqlite3.OperationalError("disk I/O error"))
+    for each in path.parent.glob(f"{path.name}*"):
+        if each.suffix != ".lock":
+            each.unlink()
+    decide(store, 1)
+    keep_up(store, clock, RUN)
+    assert store.recording
+    store.close()
+    assert ids(path) == [command(1).id]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "device"])
+def test_a_store_that_is_no_file_is_refused_at_once(path: Path, kind: str) -> None:
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "directory":
+            path.mkdir()
+        case "device":
+            path.symlink_to("/dev/null")
+    with pytest.raises(StoreError, match="regular file"):
+        HistoryWriter.open(path)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_store_that_moves_while_it_is_open_has_one_writer(
+    path: Path, tmp_path: Path, open_store: Callable[..., HistoryWriter], linked: bool
+) -> None:
+    """As to a larger disk, with a link in the old place. The lock file of the new place is free."""
+    store = open_store()
+    decide(store, 0)
+    (tmp_path / "large").mkdir()
+    moved = tmp_path / "large" / path.name
+    for suffix in ("", "-wal", "-shm"):
+        path.with_name(path.name + suffix).rename(moved.with_name(moved.name + suffix))
+    if linked:
+        path.symlink_to(moved)
+    with pytest.raises(StoreError, match="in use by another monitor under another name"):
+        HistoryWriter.open(moved)
+    with pytest.raises(StoreError, match="in use by another monitor under another name"):
+        remove_run(moved, RUN)
+    assert not moved.with_name(f"{moved.name}.lock").exists()
+    decide(store, 1)
+    store.close()
+    HistoryWriter.open(moved).close()
+    assert ids(moved) == [command(0).id, command(1).id]
+
+
+@pytest.mark.process
+def test_a_store_that_is_mounted_under_a_second_name_has_one_writer(
+    path: Path, tmp_path: Path, open_store: Callable[..., HistoryWriter]
+) -> None:
+    store = open_store()
+    decide(store, 0)
+    second = tmp_path / "second.sqlite3"
+    second.touch()
+    mounted = subprocess.run(["mount", "--bind", str(path), str(second)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount: {mounted.stderr.strip()}")
+    try:
+        with pytest.raises(StoreError, match="in use by another monitor under another name"):
+            HistoryWriter.open(second)
+    finally:
+        subprocess.run(["umount", str(second)], check=True)

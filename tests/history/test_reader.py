@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,43 @@ def test_the_overview_has_the_counts_of_all_launches(tmp_path: Path) -> None:
     assert (run.max_risk, run.loss, run.lr_scale) == (0.85, 1.5, 1.0)
     assert (nothing.num_launches, nothing.num_snapshots) == (1, 0)
     assert (nothing.last_step, nothing.max_risk, nothing.loss, nothing.lr_scale) == (None, None, None, 1.0)
+
+
+FOREIGN = [
+    (
+        "ALTER TABLE runs RENAME TO others",
+        "CREATE VIEW runs AS WITH RECURSIVE c (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT x AS id, 'r' || x"
+        " AS name, 0.0 AS first_seen, 0.0 AS last_seen, 1 AS state FROM c",
+    ),
+    ("CREATE TRIGGER t AFTER INSERT ON heartbeats BEGIN DELETE FROM decisions; END",),
+    ("CREATE VIRTUAL TABLE t USING rtree (id, low, high)",),
+]
+
+
+@pytest.mark.parametrize("statements", FOREIGN)
+def test_a_schema_that_no_store_has_is_refused_by_reader_and_writer(
+    tmp_path: Path, statements: tuple[str, ...]
+) -> None:
+    """A view could have rows without end, and a trigger delete the rows of the monitor."""
+    path = tmp_path / "h.sqlite3"
+    guarded(Recorder(path)).close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        for statement in statements:
+            database.execute(statement)
+    with pytest.raises(StoreError, match="not a koopmon store"):
+        HistoryReader.open(path)
+    with pytest.raises(StoreError, match="not a koopmon store"):
+        HistoryWriter.open(path)
+
+
+@pytest.mark.parametrize("time", [1e300, -1e300, -1.0, 9e18, float("inf")])
+@pytest.mark.parametrize("column", ["first_seen", "last_seen"])
+def test_a_time_that_no_calendar_has_is_one_line(tmp_path: Path, column: str, time: float) -> None:
+    path = tmp_path / "h.sqlite3"
+    guarded(Recorder(path)).close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute(f"UPDATE runs SET {column} = ?", (time,))
+    with HistoryReader.open(path) as history:
+        for read in (history.overview, lambda: history.run(RUN), lambda: history.recent_runs(3)):
+            with pytest.raises(StoreError, match="runs: a row cannot be read"):
+                read()

@@ -174,6 +174,18 @@ def test_oldest_gives_way_when_memory_is_full() -> None:
     assert [snapshot.step for snapshot in bench.add(make_shard(1, num_senders=2, step=2))] == [2]
 
 
+@pytest.mark.parametrize("rows", [2, 40])
+def test_a_run_that_fills_the_memory_takes_none_of_another(rows: int) -> None:
+    """Many small steps, or few large ones, that never get their other shards."""
+    bench = Bench(max_bytes=1 << 16)
+    bench.add(make_shard(0, num_senders=2, step=1))
+    for step in range(200):
+        bench.add(make_shard(0, run="greedy", num_senders=2, step=step, rows=rows))
+    assert {run for run, _ in bench.drops} == {"greedy"}
+    assert bench.assembler.num_bytes <= 1 << 16
+    assert [snapshot.step for snapshot in bench.add(make_shard(1, num_senders=2, step=1))] == [1]
+
+
 def test_a_shard_larger_than_all_memory_is_dropped() -> None:
     bench = Bench(max_bytes=SHARD_OVERHEAD_BYTES)
     assert bench.add(make_shard(num_senders=2)) == []

@@ -278,6 +278,21 @@ def test_a_full_queue_drops_the_run_that_used_the_most_time(bench: Bench, monkey
     assert bench.drops == [("held", "engine_queue_full")]
 
 
+def test_full_memory_costs_the_largest_snapshots_and_no_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that are new have used no time, however large their snapshots are."""
+    bench = Bench(max_waiting=100, max_bytes=3 * wide(9, "").num_bytes)
+    parts = Parts(monkeypatch, bench.engine)
+    parts.gate.set()
+    bench.finish(wide(1, "honest"))
+    bench.hold()
+    bench.submit(wide(1, "honest", step=2))
+    for number in range(6):
+        bench.submit(wide(9, f"large-{number}"))
+    assert {run for run, _ in bench.drops} == {f"large-{number}" for number in range(4)}
+    bench.gate.set()
+    bench.engine.close()
+
+
 def test_time_without_work_earns_no_credit(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that begins late does not displace the others until it has caught up with hours of their work."""
     parts = Parts(monkeypatch, bench.engine)

@@ -10,9 +10,16 @@ from typing import Any
 
 import pytest
 
-from koopmon.errors import EndpointError
+from koopmon.errors import ConfigError, EndpointError
 from koopmon.monitor import memory
-from koopmon.monitor.memory import CHECK_SECONDS, PAUSE_SECONDS, MemoryWatch, available_bytes, resident_bytes
+from koopmon.monitor.memory import (
+    CHECK_SECONDS,
+    PAUSE_SECONDS,
+    MemoryWatch,
+    available_bytes,
+    memory_limit,
+    resident_bytes,
+)
 from tests.monitor.conftest import ScriptedAgent
 
 Start = Callable[..., Any]
@@ -20,16 +27,35 @@ Until = Callable[[Callable[[], Any]], Any]
 MIB = 1 << 20
 
 
-def test_the_limit_is_half_of_the_memory_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_limit_is_half_of_the_memory_that_is_left_by_default(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert 10 * MIB < resident_bytes() < available_bytes()
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 250 * MIB)
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(memory, "_CONTAINER_LIMIT", limit)
     host = available_bytes()
     for text, expected in (("max\n", host), (f"{512 * MIB}\n", 512 * MIB), (f"{host * 2}\n", host)):
         limit.write_text(text)
         assert available_bytes() == expected
-        assert MemoryWatch(0).max_bytes == expected // 2
-    assert MemoryWatch(5).max_bytes == 5
+        assert memory_limit(0) == (expected + 250 * MIB) // 2
+    limit.write_text(f"{100 * MIB}\n")
+    assert memory_limit(0) == 250 * MIB
+
+
+def test_a_limit_that_a_monitor_at_rest_exceeds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would close all connections twice a minute."""
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 250 * MIB)
+    assert memory_limit(378 * MIB) == 378 * MIB
+    for configured in (1, MIB, 378 * MIB - 1):
+        with pytest.raises(ConfigError, match=rf"max_memory_bytes = {configured}: expected 0, or at least {378 * MIB}"):
+            memory_limit(configured)
+
+
+@pytest.mark.process
+def test_a_monitor_with_such_a_limit_does_not_start(start_process: Start) -> None:
+    with pytest.raises(AssertionError, match="max_memory_bytes = 1048576: expected 0, or at least"):
+        start_process(monitor={"max_memory_bytes": MIB})
 
 
 def test_a_check_is_due_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +88,7 @@ def test_an_address_that_is_taken_is_tried_again(
     monkeypatch.setattr(monitor, "_open_sockets", refused_twice)
     monkeypatch.setattr(monitor, "_memory", MemoryWatch(1))
     until(lambda: len(attempts) == 3)
-    monkeypatch.setattr(monitor, "_memory", MemoryWatch(0))
+    monkeypatch.setattr(monitor, "_memory", MemoryWatch(memory_limit(0)))
     until(lambda: agent.control.connections >= 2)
     agent.hello(step=2)
     assert attempts == [served.addresses.endpoint] * 3

@@ -26,7 +26,7 @@ Start = Callable[..., Any]
 Until = Callable[[Callable[[], Any]], Any]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_with_nothing_lost(
     start_process: Start, connect: Start, until: Until, number: signal.Signals
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from koopmon.config import MAX_STEPS, Config, MonitorConfig
 from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
-from koopmon.monitor.registry import LAST_STEP, MAX_LAUNCHES, MAX_RETIRED, Peer, Run, RunRegistry
+from koopmon.monitor.registry import LAST_STEP, MAX_LAUNCHES, MAX_RETIRED, MAX_TURNOVER, Peer, Run, RunRegistry
 from koopmon.monitor.run_controller import RunController
 from koopmon.risk.band import BandReading
 from koopmon.wire.authorized_keys import AuthorizedKeys
@@ -522,6 +522,19 @@ def test_a_run_is_launched_at_most_once_a_second_on_average(registry: RunRegistr
     admit(registry, 129.9, hello(incarnation=names[-1]), b"p0")
     with pytest.raises(ProtocolError, match="was launched 60 times"):
         admit(registry, 129.9, hello(incarnation="ffffffff"), b"p0")
+
+
+def test_launches_under_many_names_are_limited_too() -> None:
+    registry = RunRegistry(MonitorConfig(max_runs=2))
+    most = MAX_LAUNCHES + 2 * MAX_TURNOVER
+    for number in range(most):
+        admit(registry, 10.0, hello(f"job{number}"), b"p")
+        registry.on_message(10.0, Goodbye(run=f"job{number}", incarnation=FIRST, process_rank=0, step=1), b"p")
+    with pytest.raises(ProtocolError, match=f"{most} new runs came within a minute"):
+        admit(registry, 69.9, hello("another"), b"p")
+    admit(registry, 69.9, hello(f"job{most - 1}", rank=1), b"q")
+    admit(registry, 69.9, hello(f"job{most - 1}", SECOND), b"p")
+    admit(registry, 70.0, hello("another"), b"p")
 
 
 def test_without_a_heartbeat_a_run_shows_what_its_hello_said(registry: RunRegistry) -> None:

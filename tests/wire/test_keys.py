@@ -101,6 +101,15 @@ def test_what_is_not_there_says_how_to_make_it(place: Path, tmp_path: Path) -> N
         read_secret(place, "agent")
 
 
+def test_a_pipe_is_no_key(place: Path) -> None:
+    os.mkfifo(secret_file(place, "agent"), 0o600)
+    os.mkfifo(public_file(place, "agent"))
+    with pytest.raises(KeysError, match=r"agent\.secret: not a regular file"):
+        read_secret(place, "agent")
+    with pytest.raises(KeysError, match=r"agent\.key: not a regular file"):
+        read_public(public_file(place, "agent"))
+
+
 @pytest.mark.parametrize(
     "text", ["", "secret = 5", 'secret = "{secret}x"', 'secret = "{secret}"\nmore = 1', '"{secret}', "\0", "x" * 20_000]
 )

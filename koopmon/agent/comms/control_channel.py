@@ -21,7 +21,7 @@ from koopmon.agent.control.actuator import CommandResult
 from koopmon.agent.rank_identity import Identity
 from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig
-from koopmon.errors import EndpointError, ProtocolError
+from koopmon.errors import EndpointError, ProtocolError, one_line
 from koopmon.logs import LogLimit
 from koopmon.wire.codec import decode_for_agent, encode
 from koopmon.wire.headers import WireLimits
@@ -43,6 +43,8 @@ from koopmon.wire.sockets import ControlClient
 
 logger = logging.getLogger("koopmon.agent")
 
+MAX_LINE = 1000
+"""Largest number of characters of a log line."""
 HELLO_SECONDS = 1.0
 """Interval between two hellos without a reply."""
 REFUSED_SECONDS = 30.0
@@ -286,9 +288,9 @@ class ControlChannel:
         self._send(Goodbye(**self._name, process_rank=rank, step=step, reason=reason[:512]))
 
     def warn(self, now: float, trouble: str, text: str) -> None:
-        """Log `text`, at most once a minute for each `trouble`."""
+        """Log `text`, which may quote the monitor, at most once a minute for each `trouble`."""
         if (more := self._limit.admit(now, trouble)) is not None:
-            logger.warning("koopmon: %s%s", text, more)
+            logger.warning("koopmon: %s%s", one_line(text, MAX_LINE), more)
 
     def _send(self, message: AgentMessage) -> bool:
         return self._control.send(encode(message))

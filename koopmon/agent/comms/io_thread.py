@@ -123,7 +123,10 @@ class IOThread:
                 with WireContext(self._trust) as context, ControlClient(context, self._endpoint) as control:
                     self._serve(context, control, identity)
         except Exception as error:
-            self._breaker.trip("sender", error)
+            if self._stopping:  # the end of the process may close the transport first
+                logger.debug("koopmon: sender: %s", error)
+            else:
+                self._breaker.trip("sender", error)
         finally:
             self.connected = False
             self._discard()

@@ -22,6 +22,8 @@ STREAM_SECONDS = 3600.0
 STALL_SECONDS = 30.0
 """Maximum time for which the reader of an event stream may accept no data."""
 EVENTS = b"text/event-stream"
+THREAD = "koopmon-web"
+"""Name of the server's thread."""
 Note = Callable[..., None]
 
 
@@ -83,6 +85,17 @@ class Connections:
         """Count a warning of uvicorn, its only report of a malformed request. Drop the line: `note` writes one."""
         if record.levelno == logging.WARNING:
             self._note("http_garbage", record.getMessage())
+        return False
+
+    def filter_loop_log(self, record: logging.LogRecord) -> bool:
+        """Count an error of the server's event loop, and drop the line: `note` writes one a minute.
+
+        Without a free descriptor asyncio logs hundreds of tracebacks a second.
+        """
+        if record.threadName != THREAD:
+            return True
+        text = record.getMessage().partition("\n")[0]
+        self._note("http_connections" if text.startswith("socket.accept()") else "internal", text)
         return False
 
 

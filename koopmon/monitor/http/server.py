@@ -24,7 +24,7 @@ from koopmon.config import Config
 from koopmon.monitor.http.address import listen
 from koopmon.monitor.http.auth import HttpAuth, only_for_hosts
 from koopmon.monitor.http.event_stream import EventStreams
-from koopmon.monitor.http.limits import Connections
+from koopmon.monitor.http.limits import THREAD, Connections
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.http.routes import not_found, routes
 from koopmon.wire.endpoints import is_loopback
@@ -40,6 +40,7 @@ class Exposition(Protocol):
 
 
 UVICORN_LOG = logging.getLogger("uvicorn.error")
+LOOP_LOG = logging.getLogger("asyncio")
 
 
 class WebServer:
@@ -97,12 +98,11 @@ class WebServer:
         settings.load()
         settings.ssl = tls
         self._server = uvicorn.Server(settings)
-        self._filter_log = connections.filter_log
-        UVICORN_LOG.addFilter(self._filter_log)
+        self._filters = {UVICORN_LOG: connections.filter_log, LOOP_LOG: connections.filter_loop_log}
+        for log, each in self._filters.items():
+            log.addFilter(each)
         # Outside the main thread uvicorn installs no signal handlers.
-        self._thread = threading.Thread(
-            target=self._server.run, args=([self._socket],), name="koopmon-web", daemon=True
-        )
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name=THREAD, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -111,7 +111,8 @@ class WebServer:
         self._server.should_exit = True
         self._thread.join(STOP_SECONDS)
         self._socket.close()
-        UVICORN_LOG.removeFilter(self._filter_log)
+        for log, each in self._filters.items():
+            log.removeFilter(each)
 
 
 def _plainly(registry: CollectorRegistry) -> Exposition:

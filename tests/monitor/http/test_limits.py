@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import resource
+import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from koopmon.config import from_mapping
 from koopmon.monitor.http.server import WebServer
+from tests.monitor.conftest import MonitorProcess, wait_until
 
 httpx = pytest.importorskip("httpx")
 
@@ -127,3 +132,24 @@ def test_a_page_that_fails_ends_its_request_alone(server: WebServer, noted: list
     until(noted, "internal")
     assert "a page of ours" in noted[-1][1]
     assert fine(server)
+
+
+@pytest.mark.process
+def test_a_monitor_without_a_descriptor_logs_little_and_serves_again(
+    start_process: Callable[..., MonitorProcess],
+) -> None:
+    monitor = start_process()
+    host, port = monitor.addresses.http.split(":")
+    limits = resource.prlimit(monitor.process.pid, resource.RLIMIT_NOFILE)
+    used = len(os.listdir(f"/proc/{monitor.process.pid}/fd"))
+    resource.prlimit(monitor.process.pid, resource.RLIMIT_NOFILE, (used + 3, limits[1]))
+    with ExitStack() as stack:
+        for _ in range(30):
+            stack.enter_context(closing(socket.create_connection((host, int(port)), timeout=WAIT_SECONDS)))
+        wait_until(lambda: "socket.accept()" in monitor.log.read_text())
+        time.sleep(2.5)  # asyncio tries again each second
+        assert monitor.log.read_text().count("socket.accept()") == 1
+        assert monitor.log.read_text().count("Traceback") <= 1, "that of the watch on the memory"
+    assert monitor.sample('messages_rejected_total{reason="http_connections"}')
+    resource.prlimit(monitor.process.pid, resource.RLIMIT_NOFILE, limits)
+    assert monitor.end(signal.SIGTERM) == 0
