@@ -30,7 +30,7 @@ def rms(*optimizers: Optimizer) -> float | None:
         found.add(each)
     value = found.end()
     assert found.end() is None, "the next step begins without any"
-    return None if value is None else value.item()
+    return None if value is None else float(value)
 
 
 @pytest.mark.parametrize("kind", [Adam, AdamW, NAdam, RAdam])
