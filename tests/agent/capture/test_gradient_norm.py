@@ -88,3 +88,15 @@ def test_a_part_on_another_rank_makes_it_unknown() -> None:
     assert norm.end() is None
     norm.add([parameter(1.0)])
     assert value(norm.end()) == 1.0
+
+
+def test_on_a_device_nothing_waits_for_a_value() -> None:
+    """The meta device stands for an accelerator: a wait for one of its values raises."""
+    away = nn.Parameter(torch.zeros(3, device="meta"))
+    away.grad = torch.zeros(3, device="meta")
+    norm = GradientNorm()
+    norm.add([parameter(3.0)])
+    norm.add([away], torch.empty(1, device="meta"))
+    found = norm.end()
+    assert isinstance(found, Tensor)
+    assert found.is_meta
