@@ -30,9 +30,9 @@ class UpdateRms:
 
     def __init__(self) -> None:
         self._squares: list[float] = []
-        """Of parameters on the CPU; NaN for one that does not count."""
+        """Squares of parameters on the CPU. A parameter that does not count has NaN."""
         self._on_devices: list[Tensor] = []
-        """The same for accelerators, 1-d."""
+        """Squares of parameters on accelerators, 1-d."""
 
     @without_gradients
     def add(self, optimizer: Optimizer, norms: Mapping[int, Scalar] = MappingProxyType({})) -> None:
