@@ -372,7 +372,7 @@ class Recorder:
         for optimizer in optimizers:
             update.add(optimizer)
         value = update.end()
-        self._rows[-1]["update_rms"] = [math.nan if value is None else value.item()]
+        self._rows[-1]["update_rms"] = [math.nan if value is None else float(value)]
 
     def stop(self, step: int) -> SpectralProfile | None:
         """Profile this forward; None for states that are not finite."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from koopmon.agent.capture.hidden_hooks import add_hook
+from koopmon.agent.capture.scalar import Scalar, added, divided
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.stats import AgentStats
 from koopmon.no_gradients import without_gradients
@@ -42,7 +43,7 @@ _NODE = BackwardCFunction.apply.__code__
 class BackwardLoss:
     """Adds up the scalars of the backward passes that reach a model, between `begin` and `end`.
 
-    Values stay on their device: nothing waits for them.
+    Values on an accelerator stay there: nothing waits for them.
     """
 
     def __init__(self, breaker: CircuitBreaker, stats: AgentStats) -> None:
@@ -60,9 +61,9 @@ class BackwardLoss:
         self._last_root: Callable[[], Tensor | None] = lambda: None
         self._filled: list[Tensor] = []
         """Those of the parameters that held a gradient at the end of the last backward pass."""
-        self._pending: Tensor | None = None
+        self._pending: Scalar | None = None
         """Sum of the scalars since the last `unscale`."""
-        self._sum: Tensor | None = None
+        self._sum: Scalar | None = None
         self.maybe_scaled = False
         """True if a scalar of this step is a product, as one that a GradScaler has scaled."""
 
@@ -94,12 +95,10 @@ class BackwardLoss:
         """Divide the scalars since the last call by `scale`, the GradScaler's; None for no scale."""
         if (pending := self._pending) is not None:
             self._pending = None
-            if scale is not None:
-                pending = pending / scale.reshape(()).to(pending.device, pending.dtype)
-            self._add_to_sum(pending)
+            self._sum = added(self._sum, divided(pending, scale))
 
-    def end(self) -> Tensor | None:
-        """Return the loss of the step, a scalar on its device; None if no backward pass was seen."""
+    def end(self) -> Scalar | None:
+        """Return the loss of the step; None if no backward pass was seen."""
         self.unscale(None)
         loss = self._sum
         self._clear()
@@ -119,10 +118,6 @@ class BackwardLoss:
         self._listens = self.maybe_scaled = False
         self._last_root, self._last_task.number = (lambda: None), -1
         self._pending = self._sum = None
-
-    def _add_to_sum(self, value: Tensor) -> None:
-        known = self._sum
-        self._sum = value if known is None else known + value.to(known.device)
 
     # Hooks.
 
@@ -153,8 +148,7 @@ class BackwardLoss:
         if self._filled and all(each.grad is None for each in self._filled):
             # The loop has cleared the gradients since the last backward pass: the optimizer does not use that one.
             self._pending = self._sum = None
-        pending = self._pending
-        self._pending = value if pending is None else pending + value.to(pending.device)
+        self._pending = added(self._pending, value)
         torch.autograd.Variable._execution_engine.queue_callback(self._ended)
 
     def _on_backward_end(self) -> None:
@@ -195,29 +189,30 @@ def _call(frame: FrameType | None) -> FrameType | None:
     return found
 
 
-def _total(roots: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:
+def _total(roots: Sequence[tuple[Tensor, Tensor | None]]) -> Scalar | None:
     """Return the sum of scalar roots, each times its gradient argument; None if they are no losses."""
-    total: Tensor | None = None
+    total: Scalar | None = None
     for root, weight in roots:
         value, factor = _scalar(root), None if weight is None else _scalar(weight)
         if value is None or (weight is not None and factor is None):
             return None
-        value = value if factor is None else value * factor
-        total = value if total is None else total + value.to(total.device)
+        total = added(total, value if factor is None else value * factor)
     return total
 
 
-def _scalar(tensor: Tensor) -> Tensor | None:
-    """Return a copy of a real scalar, 0-d, which the loop may change; None for another tensor."""
-    local: Any = tensor.detach()
-    if hasattr(local, "to_local"):
+def _scalar(tensor: Tensor) -> Scalar | None:
+    """Return a copy of a real scalar, which the loop may change; None for another tensor."""
+    local: Any = tensor
+    if type(tensor) is not Tensor and hasattr(tensor, "to_local"):
+        local = tensor.detach()
         if not all(each.is_replicate() for each in local.placements):
             return None
         local = local.to_local()
     if local.numel() != 1 or local.is_complex() or _is_captured(local):
         return None
-    dtype = torch.float64 if local.device.type == "cpu" else torch.float32
-    copy: Tensor = local.reshape(()).to(dtype, copy=True)
+    if local.is_cpu:
+        return float(local.item())
+    copy: Tensor = local.detach().reshape(()).to(torch.float32, copy=True)
     return copy
 
 

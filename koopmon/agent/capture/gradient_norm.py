@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from koopmon.agent.capture.scalar import Scalar, divided, on_host, stacked
 from koopmon.no_gradients import without_gradients
 
 
 class GradientNorm:
-    """Euclidean norm of the gradients of all parameters given to `add`, each once. It stays on the device."""
+    """Euclidean norm of the gradients of all parameters given to `add`, each once."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
         """Forget all gradients."""
-        self._norms: list[Tensor] = []
-        self.last: dict[int, Tensor] = {}
+        self._norms: list[Scalar] = []
+        self.last: dict[int, Scalar] = {}
         """The norm of each gradient of the last `add`, float32, without a scale, by the id of its parameter."""
         self._seen: set[int] = set()
         self._unknown = False
@@ -48,15 +50,14 @@ class GradientNorm:
             return
         # In 16 bits a sum of squares soon overflows.
         wide = torch.float64 if gradients[0].dtype == torch.float64 else torch.float32
-        norms = torch._foreach_norm(gradients, 2.0, dtype=wide)
+        norms = on_host(torch._foreach_norm(gradients, 2.0, dtype=wide))
         if wide is torch.float32:
             self.last = dict(zip(new, norms, strict=True))
-        norm = _norm(norms)
-        self._norms.append(norm if scale is None else norm / scale.reshape(()).to(norm.device, norm.dtype))
+        self._norms.append(divided(_norm(norms), scale))
 
     @without_gradients
-    def end(self) -> Tensor | None:
-        """Return the norm, a scalar; None without gradients, or if parts of them lie on other ranks. Forgets them."""
+    def end(self) -> Scalar | None:
+        """Return the norm; None without gradients, or if parts of them lie on other ranks. Forgets them."""
         norms, unknown = self._norms, self._unknown
         self.clear()
         if not norms or unknown:
@@ -68,9 +69,9 @@ def _is_captured(gradients: list[Tensor]) -> bool:
     return bool(gradients) and gradients[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _norm(parts: Sequence[Tensor]) -> Tensor:
-    first = parts[0]
-    if {(each.device, each.dtype) for each in parts} != {(first.device, first.dtype)}:
-        parts = [each.to(first.device, first.dtype) for each in parts]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(list(parts)))
+def _norm(parts: Sequence[Scalar]) -> Scalar:
+    numbers = [each for each in parts if not isinstance(each, Tensor)]
+    if len(numbers) == len(parts):
+        return math.hypot(*numbers)
+    norm: Tensor = torch.linalg.vector_norm(stacked(parts))
     return norm

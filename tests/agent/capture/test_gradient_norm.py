@@ -17,7 +17,7 @@ def parameter(*values: float, dtype: torch.dtype = torch.float32, gradient: bool
     return made
 
 
-def value(norm: Tensor | None) -> float | None:
+def value(norm: float | Tensor | None) -> float | None:
     return None if norm is None else float(norm)
 
 
@@ -42,7 +42,8 @@ def test_it_equals_the_norm_that_clipping_computes() -> None:
         each.grad = torch.randn(each.shape, generator=generator)
     norm = GradientNorm()
     norm.add(parameters)
-    assert value(norm.end()) == float(nn.utils.clip_grad_norm_(parameters, 1e9))
+    expected = float(nn.utils.clip_grad_norm_(parameters, 1e9))
+    assert value(norm.end()) == pytest.approx(expected, rel=1e-6), "the parts are added in float64"
 
 
 def test_the_scale_of_each_optimizer() -> None:
@@ -87,3 +88,15 @@ def test_a_part_on_another_rank_makes_it_unknown() -> None:
     assert norm.end() is None
     norm.add([parameter(1.0)])
     assert value(norm.end()) == 1.0
+
+
+def test_on_a_device_nothing_waits_for_a_value() -> None:
+    """The meta device stands for an accelerator: a wait for one of its values raises."""
+    away = nn.Parameter(torch.zeros(3, device="meta"))
+    away.grad = torch.zeros(3, device="meta")
+    norm = GradientNorm()
+    norm.add([parameter(3.0)])
+    norm.add([away], torch.empty(1, device="meta"))
+    found = norm.end()
+    assert isinstance(found, Tensor)
+    assert found.is_meta

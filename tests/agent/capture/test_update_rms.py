@@ -30,7 +30,7 @@ def rms(*optimizers: Optimizer) -> float | None:
         found.add(each)
     value = found.end()
     assert found.end() is None, "the next step begins without any"
-    return None if value is None else value.item()
+    return None if value is None else float(value)
 
 
 @pytest.mark.parametrize("kind", [Adam, AdamW, NAdam, RAdam])
@@ -137,3 +137,23 @@ def test_this_ranks_part_of_a_sharded_parameter_counts() -> None:
     from koopmon.agent.capture import update_rms
 
     assert update_rms._local(Sharded(torch.ones(2))).tolist() == [1.0, 1.0]
+
+
+def test_on_a_device_nothing_waits_for_a_value() -> None:
+    """The meta device stands for an accelerator: a wait for one of its values raises."""
+    parameter = nn.Parameter(torch.zeros(3, device="meta"))
+    parameter.grad = torch.zeros(3, device="meta")
+    _, optimizer = trained(AdamW)
+    optimizer.add_param_group({"params": [parameter]})
+    optimizer.state[parameter] = {"exp_avg_sq": torch.zeros(3, device="meta"), "step": torch.tensor(2.0)}
+    found = UpdateRms()
+    found.add(optimizer)
+    value: Any = found.end()
+    assert value.is_meta
+    assert value.shape == ()
+
+
+def test_a_scale_on_another_device_leaves_it_unknown() -> None:
+    _, optimizer = trained(AdamW)
+    optimizer.grad_scale = torch.empty(1, device="meta")  # type: ignore[attr-defined]
+    assert rms(optimizer) is None
