@@ -26,6 +26,8 @@ from koopmon.wire.messages import Ack, AckOutcome, Applied, KssSettings, Rewind,
 
 Control = Literal["", "auto", "lr", "kss", "kss+lr", "observe", "spike"]
 DELAY = 2
+KSS = KssConfig(method="published")
+"""The arms "kss" and "kss+lr" measure KSS as published."""
 SPIKE_RATIO, SPIKE_WINDOW, SPIKE_HOLD = 1.5, 20, 50
 
 
@@ -210,7 +212,7 @@ class Controller:
         )
         self._history, self.risk = assess(self._history, seen, self._config)
         self.highest_risk = max(self.highest_risk, self.risk.value)
-        decision = decide(float(step), self._state, seen, self.risk, self._policy, KssConfig())
+        decision = decide(float(step), self._state, seen, self.risk, self._policy, KSS)
         self._state = decision.state
         for action in decision.commands:
             if action.changes_training:

@@ -119,6 +119,21 @@ def agent_overhead(told: Document) -> list[str]:
     return paragraph(lines)
 
 
+def ceilings_cost(told: Document) -> list[str]:
+    heading = ["width", "held layers", "CPU time of a step (ms)", "added by ceilings (us)", "ratio"]
+    rows = [
+        [
+            str(row["width"]),
+            str(row["layers"]),
+            f"{row['step_ms']:.1f}",
+            f"{row['added_us']:.0f}",
+            f"{row['ratio']:.3f}",
+        ]
+        for row in told["rows"]
+    ]
+    return table(heading, rows)
+
+
 def norms(told: Document) -> list[str]:
     """Write every score at the start, in both settings."""
     settings = told["auroc"]
@@ -480,6 +495,7 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "spectral_speed": spectral_speed,
     "spectral_floor": spectral_floor,
     "agent_overhead": agent_overhead,
+    "ceilings_cost": ceilings_cost,
     "norms": norms,
     "fresh": fresh,
     "early_warning": early_warning,

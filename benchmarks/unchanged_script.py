@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -92,7 +93,8 @@ def run(case: Case, folder: Path, *, processes: int = 2) -> Result:
             guard = [sys.executable, "-m", "koopmon", "run", "--summary", str(summary), "--store", str(store)]
             guard += ["--policy", case.policy] if case.policy else []
             command = [*guard, "--", *command]
-        done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_SECONDS, check=False, cwd=ROOT)
+        told = {**os.environ, "KOOPMON_KSS__METHOD": "published"}  # of the policy "kss+lr"
+        done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_SECONDS, check=False, cwd=ROOT, env=told)
         if not _finished(log):
             raise RuntimeError(f"{case.name}: exit status {done.returncode}: {done.stderr.decode()[-2000:]}")
     return _read(case, log, summary)

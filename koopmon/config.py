@@ -118,6 +118,8 @@ class LimitsConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Lower bound on the factor on the learning rate."""
     max_kss_alpha: KssAlpha = 30.0
     """Upper bound on the weight of KSS."""
+    min_ceiling_factor: Annotated[float, Meta(ge=0.05, le=1.0)] = 0.25
+    """Lower bound on the factor of one command on the norms of a layer's writing weights, in KSS by projection."""
     max_kss_svd_rank: KssSvdRank = 64
     """Upper bound on the rank of the DMD of KSS. The rank adds time to every step under KSS."""
     max_kss_samples: KssSamples = 1024
@@ -442,6 +444,14 @@ class KssConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of Koopman Spectral Shaping (KSS) when the policy turns it on (docs/method.md, "Koopman Spectral
     Shaping")."""
 
+    method: Literal["projection", "published"] = "projection"
+    """`projection` sets ceilings on the norms of the weights with which a layer writes into the residual stream;
+    `published` adds the KSS loss, to which all other settings but `min_tau` and `calm_steps` belong."""
+    min_tau: Annotated[float, Meta(gt=1.0, le=1000.0)] = 2.0
+    """Lower bound on the spectral radius that a ceiling leads to: it is the layer's own radius while calm, if that is
+    larger."""
+    calm_steps: Steps = 50
+    """Calm steps after which the ceilings are released."""
     alpha: KssAlpha = 0.15
     """Weight of the KSS loss."""
     radius_margin: Annotated[float, Meta(ge=1.0, le=1000.0)] = 1.5

@@ -11,8 +11,10 @@ them diverge. The policy therefore does the following:
   (policy "auto"). Such a rate ruins them within some tens of steps, and a lower rate does not repair them.
 - It returns a training whose weights are not finite to a copy (policy "auto"). A lower rate repairs no NaN.
 - It requests the end of a ruined run, if the configuration allows it, and a checkpoint at an alarm.
-- It adds KSS as the unstable penalty alone, above the run's own calm radius, with a ramp in and out. A severe risk or a
-  higher loss under KSS bars it for the rest of the run.
+- It adds KSS by projection: ceilings on what layers write whose spectral radius exceeds the one that they had while
+  calm (`koopmon/projection.py`). A higher loss under KSS bars it for the rest of the run.
+- It can add KSS as published instead: the unstable penalty alone, above the run's own calm radius, with a ramp in and
+  out. A severe risk bars it too.
 
 The LR scale never exceeds 1, the user's own rate.
 """
@@ -20,21 +22,26 @@ The LR scale never exceeds 1, the user's own rate.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from koopmon import projection
 from koopmon.config import KssConfig, PolicyConfig
 from koopmon.risk.online_detector import Observation, OnlineRisk, normalization
 from koopmon.wire.messages import (
+    MAX_HELD_LAYERS,
+    MAX_LAYERS,
     MAX_MODULUS,
     Ack,
+    Applied,
     CommandKind,
     Count,
     Fraction,
     KssSettings,
+    LayerIndex,
     LrScale,
     Rate,
     Rewind,
@@ -82,6 +89,9 @@ class Action:
     warmup_steps: int = 0
     rewind: Rewind | None = None
     kss: KssSettings | None = None
+    ceilings: Mapping[int, float] | None = None
+    corrects: bool = False
+    """True for a correction of ceilings in force."""
     ramp_steps: int = 0
     cadence_steps: int | None = None
     cadence_until_step: int | None = None
@@ -89,8 +99,11 @@ class Action:
 
     @property
     def changes_training(self) -> bool:
-        """True for commands that count in the hourly budget; False for a change of the snapshot cadence."""
-        return self.kind != "set_cadence"
+        """True for commands that count in the hourly budget.
+
+        False for a change of the snapshot cadence, and for a correction of what is in force.
+        """
+        return self.kind != "set_cadence" and not self.corrects
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +142,12 @@ class PolicyState:
     """True when KSS stays off for the rest of the run."""
     calm_radius: Annotated[float, Meta(ge=0.0)] | None = None
     """Slow average of the largest spectral radius over calm snapshots; None before the first one."""
+    calm_radii: Annotated[tuple[Annotated[float, Meta(ge=0.0)], ...], Meta(max_length=MAX_LAYERS)] = ()
+    """The same of each layer, for KSS by projection."""
+    held_layers: Annotated[tuple[LayerIndex, ...], Meta(max_length=MAX_HELD_LAYERS)] = ()
+    """Layers under ceilings, as commanded."""
+    shown_from: Step = 0
+    """First step whose snapshot shows the last ceilings. One from before would correct them twice."""
     first_loss: float | None = None
     """First finite loss of the launch."""
     ruined_streak: Count = 0
@@ -191,7 +210,7 @@ class _Case:
 
     @property
     def acts_on_kss(self) -> bool:
-        return self.config.name in ("kss", "kss+lr") and not self.state.kss_barred
+        return _acts_on_kss(self.config) and not self.state.kss_barred
 
     @property
     def severe(self) -> bool:
@@ -264,7 +283,7 @@ def decide(
         The new state, the commands and the reason. Commands beyond `max_actions_per_hour` are left out.
     """
     jumped = _jumped(state, observation)
-    case = _Case(_remember(now, state, observation, risk, config), observation, risk, config, kss, jumped)
+    case = _Case(_remember(now, state, observation, risk, config, kss), observation, risk, config, kss, jumped)
     commands, following, _ = _look_closer(case) or ((), case.state, "")
     if following is not case.state:
         case = replace(case, state=following)
@@ -273,7 +292,7 @@ def decide(
         case = replace(case, state=following)
     reason = "; ".join(action.reason for action in commands) or f"risk {risk.value:.2f}: nothing to do ({risk.reason})"
     # The order is the priority. Harm by KSS ends first, because KSS itself may cause the alarm; back-offs come second.
-    # A run that is to stop gets no other command.
+    # A run that is to stop gets no other command. Corrections of ceilings are due at most snapshots and come last.
     rules: tuple[Callable[[_Case], Proposal | None], ...] = (
         _stop,
         _bar_kss,
@@ -282,8 +301,10 @@ def decide(
         _back_off,
         _shape,
         _stop_shaping,
+        _release_layers,
         _rise,
         _confirm,
+        _project,
     )
     for rule in rules if config.name != "observe" and not following.stopping else ():
         if (proposal := rule(case)) is None:
@@ -309,16 +330,27 @@ def acknowledge(state: PolicyState, ack: Ack) -> PolicyState:
     if ack.outcome in ("applied", "duplicate"):
         return state
     held = ack.applied
-    resting = held.lr_scale >= 1.0 and held.max_rate is None and held.kss.alpha == 0.0
+    shapes = _shapes(held)
+    resting = held.lr_scale >= 1.0 and held.max_rate is None and not shapes
     return replace(
         state,
         lr_scale=held.lr_scale,
         max_rate=held.max_rate,
         kss=held.kss,
-        kss_on_at=state.kss_on_at if held.kss.alpha > 0 else None,
+        held_layers=held.held_layers,
+        kss_on_at=state.kss_on_at if shapes else None,
         acted_at=None,
         phase="calm" if resting else state.phase,
     )
+
+
+def ceilings_answered(state: PolicyState, ack: Ack) -> PolicyState:
+    """Update the state after the acknowledgement of ceilings: the next snapshot shows them."""
+    if ack.outcome == "duplicate":
+        return state
+    if ack.outcome != "applied":
+        return replace(acknowledge(state, ack), shown_from=ack.step + 1)
+    return replace(state, held_layers=ack.applied.held_layers, shown_from=ack.step + 1)
 
 
 def rewound(state: PolicyState, ack: Ack) -> PolicyState:
@@ -338,7 +370,7 @@ def stop_answered(state: PolicyState, ack: Ack) -> PolicyState:
 
 
 def kss_shielded(state: PolicyState, ack: Ack) -> PolicyState:
-    """Bar KSS after the agent reported that the model is shielded from it.
+    """Bar KSS after the agent reported that it can never be in force in this launch, as where the model is shielded.
 
     The command changed nothing, so it leaves the hourly budget. A later one would have the same result.
     """
@@ -346,7 +378,8 @@ def kss_shielded(state: PolicyState, ack: Ack) -> PolicyState:
     return replace(
         state,
         kss=ack.applied.kss,
-        kss_on_at=state.kss_on_at if ack.applied.kss.alpha > 0 else None,
+        held_layers=ack.applied.held_layers,
+        kss_on_at=state.kss_on_at if _shapes(ack.applied) else None,
         kss_barred=True,
         acted_at=None if resting else state.acted_at,
         phase="calm" if resting else state.phase,
@@ -354,14 +387,27 @@ def kss_shielded(state: PolicyState, ack: Ack) -> PolicyState:
     )
 
 
-def _remember(now: float, state: PolicyState, seen: Observation, risk: OnlineRisk, config: PolicyConfig) -> PolicyState:
-    """Update the counters, the calm radius and the remembered steps with one snapshot, before any rule."""
+def _acts_on_kss(config: PolicyConfig) -> bool:
+    return config.name in ("kss", "kss+lr")
+
+
+def _shapes(applied: Applied) -> bool:
+    """Return True if KSS is in force."""
+    return applied.kss.alpha > 0.0 or bool(applied.held_layers)
+
+
+def _remember(
+    now: float, state: PolicyState, seen: Observation, risk: OnlineRisk, config: PolicyConfig, kss: KssConfig
+) -> PolicyState:
+    """Update the counters, the calm radii and the remembered steps with one snapshot, before any rule."""
     high = seen.non_finite or risk.value >= config.act_risk
     calm = seen.informative and risk.value < config.release_risk
     radius = state.calm_radius
     if calm and seen.max_spectral_radius is not None:
         # A running mean with the weight 0.1 for the newest radius, chosen by hand.
         radius = seen.max_spectral_radius if radius is None else 0.9 * radius + 0.1 * seen.max_spectral_radius
+        if _acts_on_kss(config) and kss.method == "projection" and not state.held_layers:
+            state = replace(state, calm_radii=projection.calm_radii(state.calm_radii, seen.spectral_radii))
     loss = seen.training.loss
     if state.first_loss is None and loss is not None and math.isfinite(loss):
         state = replace(state, first_loss=loss)
@@ -379,6 +425,7 @@ def _remember(now: float, state: PolicyState, seen: Observation, risk: OnlineRis
         calm_since=_no_later(state.calm_since, seen.step, seen.step) if calm else None,
         acted_at=_no_later(state.acted_at, seen.step),
         kss_on_at=_no_later(state.kss_on_at, seen.step),
+        shown_from=_no_later(state.shown_from, seen.step) or 0,
         scheduled_rate=rate if known else state.scheduled_rate,
         calm_radius=radius,
         action_times=tuple(t for t in state.action_times if 0.0 <= now - t < HOUR_SECONDS),
@@ -656,9 +703,9 @@ def _lower_scale(case: _Case) -> float:
 
 
 def _shape(case: _Case) -> Proposal | None:
-    """Turn KSS on: at the alarm under the policy `kss`, beside each back-off under `kss+lr`."""
+    """Turn KSS as published on: at the alarm under the policy `kss`, beside each back-off under `kss+lr`."""
     state, config = case.state, case.config
-    if not case.acts_on_kss or state.kss.alpha > 0 or case.kss.alpha <= 0:
+    if not case.acts_on_kss or case.kss.method != "published" or state.kss.alpha > 0 or case.kss.alpha <= 0:
         return None
     due = case.alarmed and case.settled if config.name == "kss" else state.num_cuts > state.kss_cut
     if not due or case.seen.non_finite:
@@ -694,6 +741,14 @@ def _shape(case: _Case) -> Proposal | None:
 
 def _without_kss(case: _Case, why: str, **changes: object) -> Proposal:
     """Turn KSS off for the reason `why`; `changes` are further fields of the following state."""
+    if case.state.held_layers:
+        action = Action(
+            kind="set_ceilings",
+            reason=f"ceilings released: {why}",
+            ceilings={},
+            expires_in_steps=case.config.expires_in_steps,
+        )
+        return (action,), replace(case.state, held_layers=(), kss_on_at=None, **changes), ""  # type: ignore[arg-type]
     action = Action(
         kind="set_kss",
         reason=f"KSS off: {why}",
@@ -705,15 +760,15 @@ def _without_kss(case: _Case, why: str, **changes: object) -> Proposal:
 
 
 def _bar_kss(case: _Case) -> Proposal | None:
-    """Turn KSS off for good at a severe risk in full force, or at a loss above `harm_ratio` times its value before.
+    """Turn KSS off for good at a loss above `harm_ratio` times its value before. A loss of 0 or less has no such ratio.
 
-    A loss of 0 or less has no such ratio.
+    A severe risk in full force ends KSS as published too, whose gradients may be the cause. Ceilings have no such risk.
     """
     state, config = case.state, case.config
     if state.kss_on_at is None or case.seen.step - state.kss_on_at < config.kss_ramp_steps + config.cooldown_steps:
         return None
     before, after = state.loss_at_kss, case.seen.training.loss
-    if case.severe:
+    if case.severe and not state.held_layers:
         return _without_kss(case, f"the risk is {case.risk.value:.2f} in spite of it", kss_barred=True)
     if before is not None and after is not None and 0.0 < before * config.harm_ratio < after:
         return _without_kss(case, f"the loss rose from {before:.3g} to {after:.3g} under it", kss_barred=True)
@@ -721,12 +776,71 @@ def _bar_kss(case: _Case) -> Proposal | None:
 
 
 def _stop_shaping(case: _Case) -> Proposal | None:
-    """Turn KSS off after `kss_hold_steps`. Runs under KSS for longer learned less (`benchmarks.kss`)."""
+    """Turn KSS as published off after `kss_hold_steps`. Runs under it for longer learned less (`benchmarks.kss`)."""
     state, hold = case.state, case.config.kss_hold_steps
-    if state.kss_on_at is None or case.seen.step - state.kss_on_at < hold:
+    if state.kss_on_at is None or state.held_layers or case.seen.step - state.kss_on_at < hold:
         return None
-    phase: Phase = "calm" if state.lr_scale >= 1.0 and state.phase != "acting" else state.phase
-    return _without_kss(case, f"on for {hold} steps", phase=phase)
+    return _without_kss(case, f"on for {hold} steps", phase=_phase_without_kss(state))
+
+
+def _phase_without_kss(state: PolicyState) -> Phase:
+    return "calm" if state.lr_scale >= 1.0 and state.phase != "acting" else state.phase
+
+
+def _project(case: _Case) -> Proposal | None:
+    """Set ceilings on what layers write at an alarm, and correct them at each snapshot that shows the last ones.
+
+    The first ceilings of an alarm are an action. Corrections belong to it.
+    """
+    state, config, seen = case.state, case.config, case.seen
+    if not case.acts_on_kss or case.kss.method != "projection" or seen.step < state.shown_from:
+        return None
+    first = not state.held_layers
+    if first and not case.alarmed:
+        return None
+    factors = projection.ceiling_factors(seen.spectral_radii, state.calm_radii, state.held_layers, case.kss.min_tau)
+    if not factors:
+        return None
+    radius, widest = max((seen.spectral_radii[layer], layer) for layer in factors)
+    tau = projection.largest_radius(widest, state.calm_radii, case.kss.min_tau)
+    held = f"ceilings on what {_blocks(tuple(factors))}: block {widest} from spectral radius {radius:.3g} to {tau:.3g}"
+    action = Action(
+        kind="set_ceilings",
+        reason=f"risk {case.risk.value:.2f}: {held}; {case.risk.reason}",
+        ceilings=factors,
+        corrects=not first,
+        expires_in_steps=config.expires_in_steps,
+    )
+    # Without an answer, as in a dry run, the command counts as lost once it has expired.
+    following = replace(state, held_layers=tuple(factors), shown_from=seen.step + config.expires_in_steps)
+    if not first:
+        return (action,), following, ""
+    own = config.name == "kss"
+    following = replace(
+        following,
+        kss_on_at=seen.step,
+        loss_at_kss=seen.training.loss,
+        acted_at=seen.step if own else state.acted_at,
+        risk_at_action=case.risk.value if own else state.risk_at_action,
+        phase="acting",
+    )
+    return (action,), following, ""
+
+
+def _blocks(layers: tuple[int, ...]) -> str:
+    """Name a few of the blocks that write."""
+    if len(layers) == 1:
+        return f"block {layers[0]} writes"
+    if len(layers) > 4:
+        return f"{len(layers)} blocks write"
+    return f"blocks {', '.join(map(str, layers[:-1]))} and {layers[-1]} write"
+
+
+def _release_layers(case: _Case) -> Proposal | None:
+    """Release all layers once the run has been calm for `calm_steps`."""
+    if not case.state.held_layers or not case.calm_for(case.kss.calm_steps):
+        return None
+    return _without_kss(case, f"calm for {case.kss.calm_steps} steps", phase=_phase_without_kss(case.state))
 
 
 def _confirm(case: _Case) -> Proposal | None:
@@ -753,7 +867,7 @@ def _rise(case: _Case) -> Proposal | None:
         expires_in_steps=config.expires_in_steps,
     )
     back = target >= 1.0
-    phase: Phase = "calm" if back and state.kss.alpha == 0 else "recovering"
+    phase: Phase = "calm" if back and state.kss.alpha == 0 and not state.held_layers else "recovering"
     following = replace(
         state,
         lr_scale=target,

@@ -30,7 +30,8 @@ ROOMS = {
     "config": "errors logs wire",  # a value that becomes part of a message has the bounds of the message
     "run_names": "errors wire",
     "risk": "errors config spectral wire",
-    "policy": "errors config risk wire",
+    "projection": "wire",
+    "policy": "errors config risk wire projection",
     "history": "errors files logs config spectral wire",
     "telemetry": "errors numbers config spectral risk wire",
     "offline": "errors config spectral risk policy history",

@@ -182,6 +182,8 @@ def test_every_number_that_the_monitor_sends_is_compared() -> None:
 def test_every_key_of_kss_and_of_the_steps_of_policy_is_compared() -> None:
     own = {
         "kss.radius_margin",
+        "kss.min_tau",
+        "kss.calm_steps",
         "policy.cooldown_steps",
         "policy.hold_steps",
         "policy.kss_hold_steps",

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import convert
 
-from koopmon.config import KssConfig, PolicyConfig
+from koopmon.config import KssConfig, PolicyConfig, PolicyName
 from koopmon.policy import (
     MAX_RATE,
     MIN_RATE,
@@ -21,6 +21,7 @@ from koopmon.policy import (
     Decision,
     PolicyState,
     acknowledge,
+    ceilings_answered,
     decide,
     kss_shielded,
     rewound,
@@ -38,7 +39,7 @@ class Run:
     """One run in front of the policy: it passes snapshots and collects the commands that change training."""
 
     config: PolicyConfig = field(default_factory=lambda: PolicyConfig(name="lr"))
-    kss: KssConfig = field(default_factory=KssConfig)
+    kss: KssConfig = field(default_factory=lambda: KssConfig(method="published"))
     state: PolicyState = field(default_factory=PolicyState)
     step: int = 0
     now: float = 0.0
@@ -579,7 +580,7 @@ def test_after_the_policy_of_kss_turned_it_on_its_effect_is_confirmed() -> None:
 
 
 def test_kss_by_weight_zero_is_no_kss() -> None:
-    run = Run(PolicyConfig(name="kss"), kss=KssConfig(alpha=0.0))
+    run = Run(PolicyConfig(name="kss"), kss=KssConfig(method="published", alpha=0.0))
     run.see(HIGH, steps=30)
     assert run.actions == []
     assert run.state.phase == "alert"
@@ -593,6 +594,7 @@ def test_states_that_are_not_finite_get_no_kss() -> None:
 
 def test_kss_settings_are_those_of_the_configuration() -> None:
     kss = KssConfig(
+        method="published",
         alpha=0.2,
         temperature=11.0,
         beta=0.3,
@@ -1477,7 +1479,9 @@ def test_a_checkpoint_waits_for_the_confirmation_of_the_alarm() -> None:
 
 
 def test_a_checkpoint_counts_in_the_budget() -> None:
-    run = Run(PolicyConfig(name="kss", checkpoint=True, max_actions_per_hour=1), kss=KssConfig(alpha=0.0))
+    run = Run(
+        PolicyConfig(name="kss", checkpoint=True, max_actions_per_hour=1), kss=KssConfig(method="published", alpha=0.0)
+    )
     for _ in range(2):
         run.see(HIGH)
         run.see(CALM)
@@ -1486,7 +1490,7 @@ def test_a_checkpoint_counts_in_the_budget() -> None:
 
 
 def test_a_checkpoint_is_a_reason_where_nothing_else_is_done() -> None:
-    run = Run(PolicyConfig(name="kss", checkpoint=True), kss=KssConfig(alpha=0.0))
+    run = Run(PolicyConfig(name="kss", checkpoint=True), kss=KssConfig(method="published", alpha=0.0))
     run.state = replace(run.state, dense_until=60)
     assert run.see(HIGH).reason == "risk 0.70: checkpoint"
 
@@ -1537,3 +1541,173 @@ def test_an_alarm_and_a_jump_are_one_request_with_the_risk_as_its_reason() -> No
     decision = run.see(WATCH, learning_rate=0.1)
     assert [action.reason[:10] for action in decision.commands] == ["risk 0.30:"]
     assert decision.phase == "alert"
+
+
+# KSS by projection.
+
+WIDE = (30.0, 1.5, 4.0)
+
+
+def projecting(name: PolicyName = "kss", **fields: Any) -> Run:
+    return Run(PolicyConfig(name=name), kss=KssConfig(**fields))
+
+
+def answered(run: Run, outcome: Any = "applied", held: tuple[int, ...] = (), step: int | None = None) -> None:
+    ack = Ack(
+        run="job",
+        incarnation="0" * 8,
+        command_id="0" * 8,
+        outcome=outcome,
+        step=run.step if step is None else step,
+        applied=Applied(held_layers=held),
+    )
+    run.state = ceilings_answered(run.state, ack)
+
+
+def test_an_alarm_sets_ceilings_on_the_layers_above_their_calm_radius_and_two() -> None:
+    run = projecting()
+    run.see(CALM, steps=5, spectral_radii=(5.0, 1.2, 1.2))
+    decision = run.see(HIGH, spectral_radii=WIDE)
+    (action,) = [each for each in decision.commands if each.kind == "set_ceilings"]
+    assert action.ceilings == pytest.approx({0: 0.5, 2: 0.5})
+    assert action.changes_training
+    assert not action.corrects
+    assert action.reason.startswith(
+        "risk 0.70: ceilings on what blocks 0 and 2 write: block 0 from spectral radius 30 to 5; "
+    )
+    state = run.state
+    assert (state.phase, state.held_layers, state.acted_at, state.kss_on_at) == ("acting", (0, 2), 5, 5)
+
+
+def test_without_an_alarm_or_without_a_layer_above_tau_nothing_is_held() -> None:
+    run = projecting()
+    run.see(WATCH, steps=3, spectral_radii=WIDE)
+    run.see(HIGH, steps=3, spectral_radii=(1.9, 2.0))
+    run.see(HIGH, steps=3)  # an uninformative profile has no radii
+    assert run.actions == []
+    assert run.state.held_layers == ()
+
+
+def test_ceilings_are_corrected_by_the_first_snapshot_that_shows_them() -> None:
+    run = projecting()
+    run.see(HIGH, spectral_radii=WIDE)
+    assert not any(each.ceilings for each in run.see(HIGH, steps=4, spectral_radii=WIDE).commands)
+    answered(run, held=(0, 2), step=7)
+    assert run.see(HIGH, steps=3, spectral_radii=WIDE).commands == ()  # steps 5 to 7
+    decision = run.see(HIGH, spectral_radii=(3.0, 2.5, 1.5))
+    (correction,) = decision.commands
+    assert correction.ceilings == pytest.approx({0: 0.5, 1: 1.0 / 1.5, 2: 1.5})
+    assert correction.corrects
+    assert not correction.changes_training
+    assert run.state.held_layers == (0, 1, 2)
+    assert len(run.actions) == 1
+    assert len(run.state.action_times) == 1
+
+
+def test_without_an_answer_the_next_ceilings_come_when_the_command_has_expired() -> None:
+    run = projecting()
+    run.see(HIGH, spectral_radii=WIDE)
+    sent = run.step - 1
+    while not any(each.ceilings for each in run.see(HIGH, spectral_radii=WIDE).commands):
+        assert run.step < 200
+    assert run.step - 1 == sent + run.config.expires_in_steps
+
+
+@pytest.mark.parametrize("calm_steps", [50, 7])
+def test_they_are_released_after_the_calm_steps(calm_steps: int) -> None:
+    run = projecting(calm_steps=calm_steps)
+    run.see(HIGH, spectral_radii=WIDE)
+    answered(run, held=(0, 2))
+    run.see(CALM, spectral_radii=(1.5, 1.5, 1.5))
+    began = run.step - 1
+    while not run.actions[1:]:
+        answered(run, held=run.state.held_layers, step=run.step - 1)
+        run.see(CALM, spectral_radii=(1.5, 1.5, 1.5))
+        assert run.step < 200
+    at, action = run.actions[1]
+    assert at == began + calm_steps
+    assert (action.kind, action.ceilings) == ("set_ceilings", {})
+    assert action.reason == f"ceilings released: calm for {calm_steps} steps"
+    assert (run.state.held_layers, run.state.kss_on_at) == ((), None)
+
+
+def test_a_calm_run_under_ceilings_does_not_move_its_calm_radii() -> None:
+    run = projecting()
+    run.see(CALM, spectral_radii=(1.5, 1.5, 3.0))
+    run.see(HIGH, spectral_radii=WIDE)
+    answered(run, held=(0, 2))
+    run.see(CALM, steps=5, spectral_radii=WIDE)
+    assert run.state.calm_radii == (1.5, 1.5, 3.0)
+
+
+@pytest.mark.parametrize(("loss", "barred"), [(1.1, False), (1.3, True)])
+def test_a_loss_that_rises_under_ceilings_releases_and_bars_them(loss: float, barred: bool) -> None:
+    run = projecting()
+    run.see(HIGH, loss=1.0, spectral_radii=WIDE)
+    answered(run, held=(0, 2))
+    run.see(SEVERE, loss=loss, steps=40, spectral_radii=WIDE)
+    assert run.state.kss_barred == barred
+    assert (run.state.held_layers == ()) == barred
+    if barred:
+        assert "the loss rose from 1 to 1.3 under it" in run.actions[-1][1].reason
+        run.see(SEVERE, loss=1.0, steps=40, spectral_radii=WIDE)
+        assert len(run.actions) == 2
+
+
+def test_a_refusal_for_good_bars_ceilings() -> None:
+    run = projecting()
+    run.see(HIGH, spectral_radii=WIDE)
+    ack = Ack(
+        run="job", incarnation="0" * 8, command_id="0" * 8, outcome="refused", step=1, shielded=True, applied=Applied()
+    )
+    run.state = kss_shielded(run.state, ack)
+    assert (run.state.kss_barred, run.state.held_layers, run.state.kss_on_at) == (True, (), None)
+    run.see(HIGH, steps=100, spectral_radii=WIDE)
+    assert len(run.actions) == 1
+
+
+@pytest.mark.parametrize("outcome", ["refused", "failed", "expired"])
+def test_other_answers_lead_to_another_command(outcome: str) -> None:
+    run = projecting()
+    run.see(HIGH, spectral_radii=WIDE)
+    answered(run, outcome, step=3)
+    assert (run.state.held_layers, run.state.phase, run.state.shown_from) == ((), "calm", 4)
+    run.see(HIGH, steps=4, spectral_radii=WIDE)
+    assert [step for step, _ in run.actions] == [0, 4]
+    before = run.state
+    answered(run, "duplicate")
+    assert run.state is before
+
+
+def test_beside_a_back_off_ceilings_follow_at_the_next_snapshot() -> None:
+    run = projecting("kss+lr")
+    run.see(HIGH, steps=3, spectral_radii=WIDE)
+    assert [(step, action.kind) for step, action in run.actions] == [(0, "set_lr_scale"), (1, "set_ceilings")]
+    assert run.state.acted_at == 0, "the effect is that of the back-off"
+
+
+@pytest.mark.parametrize("name", ["auto", "lr", "observe"])
+def test_other_policies_set_no_ceilings_and_keep_no_radii(name: PolicyName) -> None:
+    run = projecting(name)
+    run.see(CALM, steps=3, spectral_radii=(1.5, 1.5))
+    run.see(HIGH, steps=30, spectral_radii=WIDE)
+    assert "set_ceilings" not in {action.kind for _, action in run.actions}
+    assert run.state.calm_radii == ()
+
+
+def test_the_published_form_sets_no_ceilings() -> None:
+    run = projecting(method="published")
+    run.see(CALM, steps=3, spectral_radii=(1.5, 1.5))
+    run.see(HIGH, spectral_radii=WIDE)
+    assert [action.kind for _, action in run.actions] == ["set_kss"]
+    assert run.state.calm_radii == ()
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [(1, "block 0 writes"), (3, "blocks 0, 1 and 2 write"), (4, "blocks 0, 1, 2 and 3 write"), (5, "5 blocks write")],
+)
+def test_few_blocks_are_named(layers: int, words: str) -> None:
+    run = projecting()
+    run.see(HIGH, spectral_radii=(9.0,) * layers)
+    assert f"ceilings on what {words}: block {layers - 1} from spectral radius 9 to 2" in run.actions[0][1].reason

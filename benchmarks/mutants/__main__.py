@@ -45,6 +45,7 @@ PASSING_SHARE = 0.9
 
 GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("koopmon/policy.py",), ("tests/test_policy.py",)),
+    (("koopmon/projection.py",), ("tests/test_projection.py",)),
     (("koopmon/risk/calibration.py",), ("tests/risk/test_calibration.py",)),
     (("koopmon/risk/[!c]*.py",), ("tests/risk/test_[!c]*.py", "tests/risk/test_causes.py")),
     (("koopmon/spectral/_linalg.py",), ("tests/spectral/test_linalg.py",)),
@@ -70,6 +71,8 @@ GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     ),
     (("koopmon/agent/capture/schedule.py",), ("tests/agent/capture/test_schedule.py",)),
     (("koopmon/agent/control/a*.py",), ("tests/agent/control/test_a*.py",)),
+    (("koopmon/agent/control/ceilings.py",), ("tests/agent/control/test_ceilings.py",)),
+    (("koopmon/agent/control/writing_weights.py",), ("tests/agent/control/test_writing_weights.py",)),
     (("koopmon/agent/control/kss/*.py",), ("tests/agent/control/kss/test_*.py",)),
     (("koopmon/agent/control/kept_settings.py",), ("tests/agent/control/test_kept_settings.py",)),
     (("koopmon/agent/control/loop_requests.py",), ("tests/agent/control/test_loop_requests.py",)),

@@ -82,7 +82,7 @@ class Notices:
         if result.outcome == "refused" and is_new and len(self._refusals) < MAX_REFUSALS:
             self._refusals.add(result.detail)
             self._tell(f"step {result.step}: a command is refused: {one_line(result.detail, 300)}")
-        if result.outcome != "applied" or result.kind in _SILENT_KINDS:
+        if result.outcome != "applied" or result.kind in _SILENT_KINDS or result.corrects:
             return
         self._num_changes += 1
         # The detector's measurements follow the action and the causes. Page and report show them.

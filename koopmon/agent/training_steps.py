@@ -325,8 +325,9 @@ class TrainingSteps:
         # step with fewer microbatches at the end of an epoch.
         ordered = sorted(self._num_forwards) or [1]
         num_microbatches = ordered[(len(ordered) - 1) // 2]
-        num_layers = 0 if chain is None else chain.stack.num_layers
-        forwards = NextForwards(num_layers, num_microbatches, state.rank.data_ranks.rank, taps.obstacle)
+        stack = None if chain is None else chain.stack
+        num_layers = 0 if stack is None else stack.num_layers
+        forwards = NextForwards(num_layers, num_microbatches, state.rank.data_ranks.rank, taps.obstacle, stack)
         control = state.control
         changes = [each(control, step, forwards) for each in self._before_forwards]
         if due is not None and (model := self._model()) is not None and isinstance(state, Watching):

@@ -20,7 +20,7 @@ from msgspec import Meta
 from koopmon.errors import StoreError, one_line
 from koopmon.history.database import is_held
 from koopmon.history.plain_profile import PlainProfile, unpack
-from koopmon.history.schema import SQLITE_ERRORS, check, from_scalar
+from koopmon.history.schema import PACKED, SQLITE_ERRORS, check, from_scalar
 from koopmon.wire.messages import MAX_LAYERS, MEASURED, Applied, AtStep, Command, Hello, TrainingStep
 
 Time = Annotated[float, Meta(ge=0.0, le=2.5e11)]
@@ -401,11 +401,12 @@ def _assessed(row: Mapping[str, Any], kind: type[R], **values: Any) -> R:
 def _observation(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the input of the detector without the scalars of the training. Earlier versions kept all in JSON."""
     known = msgspec.json.decode(row["observation"], type=dict[str, Any])
-    if (packed := row.get("update_ratios")) is not None:
-        ratios = array("d", packed)
-        if len(ratios) > MAX_LAYERS or not all(map(math.isfinite, ratios)):
-            raise ValueError("update_ratios: allowed are finite numbers, one for each layer")
-        known["update_ratios"] = ratios.tolist()
+    for name in PACKED:
+        if (packed := row.get(name)) is not None:
+            values = array("d", packed)
+            if len(values) > MAX_LAYERS or not all(map(math.isfinite, values)):
+                raise ValueError(f"{name}: allowed are finite numbers, one for each layer")
+            known[name] = values.tolist()
     return known
 
 

@@ -26,6 +26,8 @@ APPLICATION_ID = 0x6B6F6F70
 """The file's application ID: "koop" in ASCII."""
 PAGE_BYTES = 8192
 """Page size of a new file: a page holds three profiles of 48 layers, and the smaller SQLite default only one."""
+PACKED = ("update_ratios", "spectral_radii")
+"""Columns of an observation with one double for each layer."""
 MAX_LOG_BYTES = 64 << 20
 """Size in bytes to which SQLite truncates the write-ahead log after a checkpoint."""
 
@@ -77,7 +79,8 @@ CREATE TABLE observations (
     risk REAL NOT NULL,
     reason TEXT NOT NULL,
     components TEXT NOT NULL,
-    update_ratios BLOB
+    update_ratios BLOB,
+    spectral_radii BLOB
 );
 CREATE INDEX observations_by_step ON observations (incarnation_id, step);
 CREATE TABLE decisions (
@@ -172,8 +175,9 @@ def prepare(database: sqlite3.Connection, path: Path) -> None:
         for name in TrainingStep.__struct_fields__:
             if name not in columns:
                 database.execute(f"ALTER TABLE {table} ADD COLUMN {name} REAL")
-        if table == "heartbeats" and "logged" not in columns:
-            database.execute("ALTER TABLE heartbeats ADD COLUMN logged TEXT")
+        name, kind = ("logged", "TEXT") if table == "heartbeats" else ("spectral_radii", "BLOB")
+        if name not in columns:
+            database.execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
 
 
 def check(database: sqlite3.Connection, path: Path, *, empty_allowed: bool = False) -> None:

@@ -24,6 +24,8 @@ class LogSink:
                 words = f"step {hello.step}, adapter {hello.adapter!r}, {hello.world_size} ranks"
                 logger.info("run %s: incarnation %s at %s", run.name, run.incarnation, words)
             case events.Decided(run, assessment) if (decision := assessment.decision) is not None:
+                if assessment.commands and all(command.corrects for command in assessment.commands):
+                    return  # one at each snapshot
                 kinds = tuple(command.kind for command in assessment.commands)
                 unsent = bool(kinds) and not run.controller.sends
                 where, risk = f"{run.name} step {assessment.observation.step}", assessment.risk.value
@@ -32,6 +34,8 @@ class LogSink:
                 text = f"{where}: {', '.join(kinds) or 'no command'}{' (not sent)' if unsent else ''}: {why}"
                 self.annotate(at, (run.name, decision.phase, *kinds), text)
             case events.CommandAcked(run, ack, answered) if answered is not None and answered.first:
+                if answered.kind == "set_ceilings" and ack.outcome == "applied":
+                    return  # as above; the first one has the line of its decision
                 kind = answered.kind
                 detail = f" ({ack.detail!r})" if ack.detail else ""
                 text = f"{run.name} step {ack.step}: {kind} {ack.outcome}{detail}"

@@ -20,6 +20,7 @@ MEANS_ALARM = "Most runs that diverged had such a jump before their loss rose."
 MEANS_ACTION: dict[CommandKind, str] = {
     "set_lr_scale": "The learning rate stays below that of your schedule.",
     "set_kss": "Koopman Spectral Shaping adds a term to the loss for some steps.",
+    "set_ceilings": "Some layers write less into the residual stream, until the run is calm.",
     "rewind": "Weights and optimizer state return to a copy from before the fault, and training goes on from there.",
     "stop": "The training ends.",
 }
@@ -63,11 +64,14 @@ class NotifySink:
             self._alarmed.add(run.name)
         elif risk.value < policy.release_risk:
             self._alarmed.discard(run.name)
-        kinds = tuple(command.kind for command in assessment.commands if command.kind in MEANS_ACTION)
+        kinds = tuple(
+            command.kind for command in assessment.commands if command.kind in MEANS_ACTION and not command.corrects
+        )
         acts = returns = False
         if kinds and decision is not None:
             state = decision.state
-            returns = (state.lr_scale, state.max_rate, state.kss.alpha) == (1.0, None, 0.0) and "stop" not in kinds
+            own = (state.lr_scale, state.max_rate, state.kss.alpha, state.held_layers) == (1.0, None, 0.0, ())
+            returns = own and "stop" not in kinds
             acts = not returns and (decision.phase == "acting" or not {"rewind", "stop"}.isdisjoint(kinds))
         found: tuple[tuple[NotifyEvent, bool], ...] = (
             ("alarm", alarm),

@@ -251,8 +251,10 @@ class RunController:
 
     def _update_policy(self, command: Command, ack: Ack) -> None:
         # The values in force do not describe a command that changes no training value.
-        if command.kind == "set_kss" and ack.outcome == "refused" and ack.shielded:
+        if command.kind in ("set_kss", "set_ceilings") and ack.outcome == "refused" and ack.shielded:
             self.policy_state = policy.kss_shielded(self.policy_state, ack)
+        elif command.kind == "set_ceilings":
+            self.policy_state = policy.ceilings_answered(self.policy_state, ack)
         elif command.kind == "rewind":
             self.policy_state = policy.rewound(self.policy_state, ack)
             if ack.outcome == "applied":
@@ -298,14 +300,16 @@ def _restored(checkpoint: bytes | None) -> ControllerCheckpoint:
 
 def _in_force(state: policy.PolicyState, applied: Applied, step: int) -> policy.PolicyState:
     """Update `state` with the values in force on the agents, where they differ from the commanded ones."""
-    if (state.lr_scale, state.max_rate, state.kss) == (applied.lr_scale, applied.max_rate, applied.kss):
+    names = ("lr_scale", "max_rate", "kss", "held_layers")
+    if all(getattr(state, name) == getattr(applied, name) for name in names):
         return state
-    shaping = applied.kss.alpha > 0
+    shaping = applied.kss.alpha > 0 or bool(applied.held_layers)
     return replace(
         state,
         phase="backed_off" if shaping or applied.lr_scale < 1 or applied.max_rate is not None else "calm",
         lr_scale=applied.lr_scale,
         max_rate=applied.max_rate,
         kss=applied.kss,
+        held_layers=applied.held_layers,
         kss_on_at=(step if state.kss_on_at is None else state.kss_on_at) if shaping else None,
     )

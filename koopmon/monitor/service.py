@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
+import msgspec
+
 from koopmon.config import Config
 from koopmon.errors import ProtocolError
 from koopmon.grafana.annotations import Annotate, no_annotations
@@ -340,6 +342,8 @@ class Service:
         restore = None if before is None else before.left_in_force
         if before is None and not known:
             restore = self._store.launches.last_applied(hello.run, other_than=hello.incarnation)
+        if restore is not None:  # a new launch begins without ceilings: its weights may be others
+            restore = msgspec.structs.replace(restore, held_layers=())
         if restore == Applied() or hello.applied != Applied():  # the agent may have kept them itself
             restore = None
         memory = self._store.launches.memory(hello.run, hello.incarnation)

@@ -92,6 +92,8 @@ class Observation(AtStep):
     """True when the states hold NaN or infinity: the run has diverged."""
     update_ratios: tuple[float, ...] = ()
     """Update ratio of each layer, by depth."""
+    spectral_radii: tuple[float, ...] = ()
+    """Spectral radius of each layer, by depth."""
     near_unit_mass: float | None = None
     expansive_mass: float | None = None
     spectral_radius: float | None = None
@@ -223,6 +225,7 @@ def observe(
         max_radius_layer=widest,
         next_spectral_radius=max(radii[:widest] + radii[widest + 1 :], default=None),
         update_ratios=ratios,
+        spectral_radii=tuple(radii),
         near_unit_mass=profile.mean("near_unit_mass"),
         expansive_mass=profile.mean("expansive_mass"),
         spectral_radius=profile.mean("spectral_radius"),

@@ -155,6 +155,7 @@ TABLE: tuple[Series, ...] = (
     _run("watch_only", "1 if the policy would act and no command is sent: watch-only agents, or an earlier error."),
     _run("ranks", "Connected ranks that send messages."),
     _run("kss_alpha", "Weight of Koopman Spectral Shaping in force."),
+    _run("kss_held_layers", "Number of layers whose writing weights are under ceilings, by KSS by projection."),
     _run("lr_scale", "LR scale: factor on the learning rate in force."),
     _run("step", "Largest optimizer step in a message of the run."),
     _run("loss", "Loss of the latest measured step, mean over ranks. Absent if unknown or not finite."),

@@ -97,6 +97,8 @@ def _directed(
             elif command.kss is not None:
                 restrains = command.kss.alpha > alpha
                 alpha = command.kss.alpha if applied else alpha
+            elif command.ceilings is not None:
+                restrains = bool(command.ceilings) and not command.corrects
             releases = each.changes_training and command.kind != "checkpoint"
             direction: Direction = "restrain" if restrains else "release" if releases else "observe"
             commands.append(replace(each, direction=direction))

@@ -57,6 +57,7 @@ _TRAINING = {
     "grad_norm": "norm of the gradients, measured or logged by the script, mean over ranks",
     "lr_scale": "LR scale in force: koopmon's factor on the learning rate",
     "kss_alpha": "weight of KSS in force",
+    "kss_held_layers": "number of layers whose writing weights are under ceilings",
     "update_rms": "RMS over parameters of the gradient's norm over that of the root of its second moment",
     "log_partition": "mean log(sum(exp(logits))) of some tokens of the output, in nats",
 }

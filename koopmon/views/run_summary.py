@@ -78,6 +78,8 @@ class RunSummary:
     num_kss: int
     """Number of commands that switched KSS on or raised its weight."""
     max_kss_alpha: float
+    num_ceilings: int
+    """Number of commands that set ceilings on layers, without corrections."""
     num_held_back: int
     """Number of commands not sent because of dry-run."""
     num_refused: int
@@ -159,6 +161,8 @@ class RunSummary:
             acted.append(f"went back to earlier weights {times(self.num_rewinds)}")
         if self.num_kss:
             acted.append(f"KSS raised {times(self.num_kss)}, to alpha {self.max_kss_alpha:.3g}")
+        if self.num_ceilings:
+            acted.append(f"ceilings set on what layers write {times(self.num_ceilings)}")
         if self.num_checkpoints:
             acted.append(f"a checkpoint requested {times(self.num_checkpoints)}")
         if self.num_stops:
@@ -261,6 +265,7 @@ def _summary(run: RecordedRun, store: Path) -> RunSummary:
         max_rate=min((command.max_rate for command in applied if command.max_rate is not None), default=None),
         num_kss=len(raised),
         max_kss_alpha=max(raised, default=0.0),
+        num_ceilings=sum(bool(command.ceilings) and not command.corrects for command in applied),
         num_held_back=outcomes.count("dry_run"),
         num_refused=sum(outcome in {"refused", "failed", "expired"} for outcome in outcomes),
         num_unanswered=sum(each.outcome in _OPEN and each.command.kind != "set_cadence" for each in commands),

@@ -39,7 +39,7 @@ class LoggedReading(Protocol):
     def high(self) -> float | None: ...
 
 
-TRAINING_KINDS = ("set_lr_scale", "set_kss", "rewind", "stop", "checkpoint")
+TRAINING_KINDS = ("set_lr_scale", "set_kss", "set_ceilings", "rewind", "stop", "checkpoint")
 """Kinds of commands that reach the training; the others change only the observation."""
 
 
@@ -106,6 +106,7 @@ SCALARS = (
     Scalar(name="grad_norm", title="Gradient norm", chart="norm"),
     Scalar(name="lr_scale", title="LR scale", chart="scale", unit_scale=True, held=True),
     Scalar(name="kss_alpha", title="KSS alpha", chart="kss", held=True, idle=0.0),
+    Scalar(name="kss_held_layers", title="Held layers", chart="held", held=True, idle=0.0),
     Scalar(name="update_rms", title="Update RMS", chart="update"),
     Scalar(name="log_partition", title="Log-partition", chart="partition"),
 )
@@ -225,7 +226,8 @@ class CommandView:
 
     @property
     def changes_training(self) -> bool:
-        return self.command.kind in TRAINING_KINDS
+        """True for a command that reaches the training. Corrections belong to an earlier one."""
+        return self.command.kind in TRAINING_KINDS and not self.command.corrects
 
     @property
     def applied_step(self) -> int | None:
@@ -292,6 +294,9 @@ def command_words(command: Command | Action) -> str:
         return f"learning rate × {command.lr_scale:.3g}"
     if command.kss is not None:
         return f"KSS alpha {command.kss.alpha:.3g}" if command.kss.alpha else "KSS off"
+    if command.ceilings is not None:
+        layers = ", ".join(map(str, command.ceilings))
+        return f"ceilings on layers {layers}" if command.ceilings else "ceilings released"
     if command.cadence_steps is not None:
         every = "every step" if command.cadence_steps == 1 else f"every {command.cadence_steps} steps"
         until = "" if command.cadence_until_step is None else f" until step {command.cadence_until_step}"
@@ -349,6 +354,7 @@ class RunView:
     last_heard: float = 0.0
     lr_scale: float = 1.0
     kss_alpha: float = 0.0
+    num_held_layers: int = 0
     num_received: int = 0
     health: AgentHealth = field(default_factory=AgentHealth)
     points: tuple[TimelinePoint, ...] = ()

@@ -29,6 +29,7 @@ UNBOUNDED_SCALARS: Final = frozenset((*MEASURED, "value"))
 _PAYLOADS: Final = {
     "set_lr_scale": "lr_scale",
     "set_kss": "kss",
+    "set_ceilings": "ceilings",
     "set_cadence": "cadence_steps",
     "rewind": "rewind",
 }
@@ -105,6 +106,8 @@ def _check_header(message: AnyMessage) -> None:
             raise ProtocolError("schema", "max_rate may come with a set_lr_scale command only")
         if message.warmup_steps > 0 and message.max_rate is None:
             raise ProtocolError("schema", "warmup_steps may come with max_rate only")
+        if message.corrects and message.kind != "set_ceilings":
+            raise ProtocolError("schema", "corrects may come with a set_ceilings command only")
         if message.cadence_until_step is not None and message.kind != "set_cadence":
             raise ProtocolError("schema", "cadence_until_step may come with a set_cadence command only")
 

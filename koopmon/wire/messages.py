@@ -24,6 +24,9 @@ MAX_MIN_STRIDE: Final = 1024
 MAX_HEARTBEAT_SECONDS: Final = 3600.0
 MAX_LAYERS: Final = 4096
 """Maximum number of transitions of one model."""
+MAX_HELD_LAYERS: Final = 32
+"""Maximum number of layers under ceilings."""
+MAX_CEILING_FACTOR: Final = 2.0
 MAX_TEXT: Final = 512
 """Maximum number of characters of a reason or a detail."""
 MAX_OBSERVABLES = 8
@@ -44,6 +47,8 @@ MAX_RATE: Final = 1e6
 Rate = Annotated[float, Meta(gt=0.0, le=MAX_RATE)]
 MAX_SHARES: Final = 32
 """Maximum number of parameter groups with a bound on their rate."""
+LayerIndex = Annotated[int, Meta(ge=0, lt=MAX_LAYERS)]
+CeilingFactor = Annotated[float, Meta(gt=0.0, le=MAX_CEILING_FACTOR)]
 GroupIndex = Annotated[int, Meta(ge=0, lt=1 << 16)]
 RampSteps = Annotated[int, Meta(ge=0, le=MAX_RAMP_STEPS)]
 CadenceSteps = Annotated[int, Meta(ge=1, le=MAX_CADENCE_STEPS)]
@@ -64,7 +69,7 @@ ScalarName = ObservableName
 """A name that `agent.log` accepts. It is the value of a label in Prometheus."""
 Observations = Annotated[list[float | None], Meta(max_length=MAX_OBSERVATIONS)]
 DType = Literal["bfloat16", "float16", "float32"]
-CommandKind = Literal["set_lr_scale", "set_kss", "set_cadence", "rewind", "stop", "checkpoint"]
+CommandKind = Literal["set_lr_scale", "set_kss", "set_ceilings", "set_cadence", "rewind", "stop", "checkpoint"]
 AckOutcome = Literal["applied", "expired", "refused", "failed", "duplicate"]
 ProbedState = Literal["running", "ended", "vanished"]
 DropReason = Literal["monitor_away", "queue_full", "no_buffer", "budget", "not_finite", "incomplete"]
@@ -113,7 +118,9 @@ class TrainingStep(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """koopmon's factor on the learning rate at this step: the rate in force is `learning_rate` x `lr_scale`. A cap on
     the peak rate is part of it."""
     kss_alpha: Annotated[float, Meta(ge=0.0)] = 0.0
-    """Weight of KSS."""
+    """Weight of KSS as published."""
+    kss_held_layers: Annotated[float, Meta(ge=0.0, le=MAX_HELD_LAYERS)] = 0.0
+    """Number of layers whose writing weights are under ceilings, which is KSS by projection."""
     update_rms: float | None = None
     """RMS over parameters of the gradient's norm over that of the root of its second moment, before the update."""
     log_partition: float | None = None
@@ -162,10 +169,14 @@ class Applied(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The bound on the rate of a parameter group, by the group's index over all optimizers: a multiple of the largest
     rate of the groups without one. A bound belongs to a cap."""
     kss: KssSettings = KssSettings()
+    held_layers: Annotated[tuple[LayerIndex, ...], Meta(max_length=MAX_HELD_LAYERS)] = ()
+    """Layers whose writing weights are under ceilings. A restarted launch begins without ceilings: its weights may be
+    others."""
 
     def at_step(self, step: int) -> TrainingStep:
         """Return the scalars that are known at `step` without a measurement."""
-        return TrainingStep(step=step, lr_scale=self.lr_scale, kss_alpha=self.kss.alpha)
+        held = float(len(self.held_layers))
+        return TrainingStep(step=step, lr_scale=self.lr_scale, kss_alpha=self.kss.alpha, kss_held_layers=held)
 
 
 class Judgement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -288,6 +299,11 @@ class Command(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
     """`set_lr_scale` with `max_rate`: steps over which the capped rate rises linearly to its value."""
     kss: KssSettings | None = None
     """`set_kss`: the new settings."""
+    ceilings: Annotated[dict[LayerIndex, CeilingFactor], Meta(max_length=MAX_HELD_LAYERS)] | None = None
+    """`set_ceilings`: the layers whose writing weights are held from now on, each with its factor. The ceiling of a
+    weight is its norm when the command comes in force, times the factor. Other layers are released."""
+    corrects: bool = False
+    """`set_ceilings`: True for a correction of ceilings in force, for display."""
     ramp_steps: RampSteps = 0
     """Number of steps over which the value in force moves to the new one: geometrically for the rate, linearly for
     alpha."""
@@ -307,8 +323,8 @@ class Ack(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="a
     step: Step
     detail: ShortText = ""
     shielded: bool = False
-    """True when KSS was refused because it would reach modules that the model's family shields. The refusal holds for
-    the whole incarnation."""
+    """True when the action was refused for the whole incarnation, as KSS that would reach modules which the model's
+    family shields."""
     applied: Applied
 
 

@@ -102,9 +102,14 @@ def _risk() -> list[Json]:
         ),
         panels.lines(
             "Settings in force",
-            "LR scale: factor on the learning rate; and the weight of Koopman Spectral Shaping on the right axis.",
-            {"learning-rate scale": _of("lr_scale"), "KSS alpha": _of("kss_alpha")},
-            right="KSS alpha",
+            "LR scale: factor on the learning rate; on the right axis the weight of KSS as published, "
+            "and the number of layers under ceilings.",
+            {
+                "learning-rate scale": _of("lr_scale"),
+                "KSS alpha": _of("kss_alpha"),
+                "held layers": _of("kss_held_layers"),
+            },
+            right="KSS alpha|held layers",
         ),
         panels.lines(
             "Commands",

@@ -60,7 +60,7 @@ def sample(step: int, **fields: Any) -> TrainingStep:
 
 
 def make_guard(name: str = "lr", *, memory: bytes | None = None, step: int = 0, **fields: Any) -> RunController:
-    config = Config(policy=PolicyConfig(name=name, cooldown_steps=1))  # type: ignore[arg-type]
+    config = Config(policy=PolicyConfig(name=name, cooldown_steps=1), kss=KssConfig(method="published"))  # type: ignore[arg-type]
     return RunController(config, hello(step=step, **fields), Applied(), checkpoint=memory)
 
 

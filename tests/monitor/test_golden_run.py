@@ -121,7 +121,7 @@ class Stage:
         self.now = 1000.0
         self.reachable = True
         self.path = folder / "history.sqlite3"
-        self.config = from_mapping({"policy": {**SHORT, **policy}})
+        self.config = from_mapping({"policy": {**SHORT, **policy}, "kss": {"method": "published"}})
         self.log: list[Any] = []
         self.names: dict[str, str] = {}
         self.applied: dict[str, Applied] = defaultdict(Applied)

@@ -13,7 +13,7 @@ import torch
 
 from koopmon import config as config_module
 from koopmon import policy
-from koopmon.config import Config, PolicyConfig, RiskConfig, from_mapping, merged
+from koopmon.config import Config, KssConfig, PolicyConfig, RiskConfig, from_mapping, merged
 from koopmon.errors import ProtocolError
 from koopmon.logs import LogLimit
 from koopmon.monitor.pending_commands import RESEND_SECONDS, Answered
@@ -34,6 +34,9 @@ def hello(**fields: Any) -> Hello:
 def sample(step: int, **fields: Any) -> TrainingStep:
     scalars = {"learning_rate": 0.1, "loss": 2.0, "grad_norm": 1.0, "lr_scale": 1.0, "kss_alpha": 0.0}
     return TrainingStep(step=step, **{**scalars, **fields})
+
+
+PUBLISHED = KssConfig(method="published")
 
 
 def make_guard(config: Config | None = None, *, applied: Applied | None = None, **fields: Any) -> RunController:
@@ -139,7 +142,7 @@ def test_a_refused_cut_is_not(outcome: str) -> None:
 def test_only_a_shield_keeps_kss_away_for_good(shielded: bool) -> None:
     """A refusal for another reason, such as the agent's own hourly limit, may not repeat."""
     alarming = PolicyConfig(name="kss", act_risk=1e-9, severe_risk=1.0, release_risk=0.0, cooldown_steps=1)
-    controller, asked = make_guard(Config(policy=alarming)), []
+    controller, asked = make_guard(Config(policy=alarming, kss=PUBLISHED)), []
     for step in range(1, 200):
         assessment = controller.assess(float(step), sample(step), calm_profile(step), step=step)
         for command in assessment.commands:
@@ -292,8 +295,7 @@ def test_adapter_defaults_reach_the_commands_unless_the_monitor_says_otherwise()
     hint = KssSettings(alpha=0.7, num_samples=64)
     for configured, expected in ((None, 0.7), (0.05, 0.05)):
         tables: dict[str, Any] = {"policy": {"name": "kss"}}
-        if configured is not None:
-            tables["kss"] = {"alpha": configured}
+        tables["kss"] = {"method": "published"} | ({} if configured is None else {"alpha": configured})
         controller = make_guard(from_mapping(tables), kss=hint)
         controller.on_hello(hello(kss=hint))
         assert controller.kss_config.alpha == expected
@@ -429,7 +431,7 @@ def test_a_decision_is_remarkable_once() -> None:
 
 def test_a_bar_on_kss_is_remarkable() -> None:
     """The radius of a calm run exceeds the bound of a message: no command, and no other phase."""
-    controller = make_guard(Config(policy=PolicyConfig(name="kss")))
+    controller = make_guard(Config(policy=PolicyConfig(name="kss"), kss=PUBLISHED))
     controller.policy_state = replace(controller.policy_state, calm_radius=2000.0, phase="alert", dense_until=60)
     controller._phase = "alert"
     alarm = PolicyConfig(name="kss", act_risk=1e-12, severe_risk=1e-9, release_risk=0.0)
@@ -688,7 +690,9 @@ def test_the_depth_of_a_model_without_a_profile_is_unknown() -> None:
 
 
 def test_a_refused_kss_is_not_in_force() -> None:
-    controller = make_guard(Config(policy=PolicyConfig(name="kss", act_risk=1e-9, severe_risk=1.0, release_risk=0.0)))
+    controller = make_guard(
+        Config(policy=PolicyConfig(name="kss", act_risk=1e-9, severe_risk=1.0, release_risk=0.0), kss=PUBLISHED)
+    )
     asked: list[Command] = []
     for step in range(1, 50):
         assessment = controller.assess(float(step), sample(step), calm_profile(step), step=step)
@@ -707,7 +711,7 @@ def test_an_assessment_without_a_decision_is_not_remarkable() -> None:
 STOPS = from_mapping(
     {
         "policy": {"name": "kss", "stop": True, "stop_snapshots": 1, "stop_steps": 1, "checkpoint": True},
-        "kss": {"alpha": 0},
+        "kss": {"method": "published", "alpha": 0},
     }
 )
 

@@ -22,7 +22,10 @@ def test_kss_and_back_off_guard_a_mixture_as_back_off_alone(
     # Every snapshot is an alarm, so the policy would request KSS beside each back-off.
     policy = {"name": "kss+lr", "act_risk": 1e-9, "severe_risk": 2e-9, "release_risk": 0.0, "cooldown_steps": 1}
     monitor = start_monitor(
-        bind=f"ipc://{tmp_path}/m/control", policy=policy, monitor={"svd_rank": 4, "heartbeat_seconds": 0.1}
+        bind=f"ipc://{tmp_path}/m/control",
+        policy=policy,
+        kss={"method": "published"},
+        monitor={"svd_rank": 4, "heartbeat_seconds": 0.1},
     )
     refused = 'commands_settled_total{kind="set_kss",outcome="%s",run="job"}'
     torch.manual_seed(0)

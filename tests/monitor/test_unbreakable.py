@@ -26,6 +26,7 @@ LAST = (1 << 53) - 1
 HUGE = sys.float_info.max
 TABLES = {
     "policy": {"name": "kss+lr", "cooldown_steps": 1},
+    "kss": {"method": "published"},
     "monitor": {"assemble_timeout_seconds": 0.3, "svd_rank": 12, "max_runs": 1000},
 }
 TURNS_SECONDS = 2.5

@@ -61,7 +61,7 @@ class World:
         self.engine = QueueEngine()
         self.board = LiveState(clock=lambda: self.now, wall=lambda: self.now)
         self.service = Service(
-            config=from_mapping({"policy": {"name": "kss+lr", "cooldown_steps": 1}}),
+            config=from_mapping({"policy": {"name": "kss+lr", "cooldown_steps": 1}, "kss": {"method": "published"}}),
             outputs=Outputs(history=self.store, metrics=self.metrics, live_state=self.board, annotate=self.tell),
             engine=cast(Engine, self.engine),
             failures=Failures(self.metrics, lambda: self.now),

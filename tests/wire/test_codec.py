@@ -44,6 +44,7 @@ PAYLOAD = {
     "set_lr_scale": {"lr_scale", "max_rate"},
     "set_kss": {"kss"},
     "set_cadence": {"cadence_steps", "cadence_until_step"},
+    "set_ceilings": {"ceilings"},
     "rewind": {"rewind"},
 }
 
@@ -65,6 +66,8 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
             return st.dictionaries(values(key), values(value), max_size=min(most or 4, 4))
         case inspect.ListType(item_type=item):
             return st.lists(values(item), max_size=4)
+        case inspect.VarTupleType(item_type=item, max_length=most):
+            return st.lists(values(item), max_size=min(most or 4, 4)).map(tuple)
         case inspect.StrType(pattern=str(pattern)):
             return st.from_regex(pattern).filter(lambda text: len(text) <= 128)
         case inspect.StrType(min_length=least, max_length=most):
@@ -112,6 +115,10 @@ def messages(draw: st.DrawFn, struct: type[msgspec.Struct]) -> Any:
             fields["kss"] = draw(messages(KssSettings))
         if fields["kind"] == "set_cadence":
             fields["cadence_steps"] = draw(st.integers(1, 100_000))
+        if fields["kind"] == "set_ceilings":
+            fields["ceilings"] = fields["ceilings"] or {}
+        else:
+            fields["corrects"] = False
         if fields["kind"] == "rewind":
             fields["rewind"] = draw(messages(Rewind))
     return struct(**fields)
@@ -263,6 +270,14 @@ def test_any_other_number_must_be_finite(field: str, value: float) -> None:
         (command(kind="stop", lr_scale=0.5), "lr_scale"),
         (command(kind="set_lr_scale", lr_scale=0.5, kss=KssSettings()), "kss"),
         (command(kind="set_kss"), "kss"),
+        (command(kind="set_ceilings"), "ceilings"),
+        (command(kind="set_cadence", cadence_steps=1, ceilings={}), "ceilings"),
+        (command(kind="set_cadence", cadence_steps=1, corrects=True), "corrects"),
+        (command(kind="set_ceilings", ceilings={0: 0.0}), "> 0.0"),
+        (command(kind="set_ceilings", ceilings={0: 2.1}), "<= 2.0"),
+        (command(kind="set_ceilings", ceilings={0: math.nan}), "0.0"),
+        (command(kind="set_ceilings", ceilings={4096: 1.0}), "<"),
+        (command(kind="set_ceilings", ceilings=dict.fromkeys(range(33), 1.0)), "length <= 32"),
         (command(kind="set_cadence", cadence_until_step=9), "cadence_steps"),
         (command(kind="stop", cadence_until_step=9), "cadence_until_step"),
         (command(kind="set_lr_scale", lr_scale=1.5), "lr_scale"),

@@ -47,7 +47,7 @@ def describe(kind: inspect.Type) -> str:
             return "one of " + ", ".join(f"`{value}`" for value in values)
         case inspect.DictType(key_type=key, value_type=value, max_length=most):
             return f"map of {describe(key)} to {describe(value)}" + (f", at most {most}" if most is not None else "")
-        case inspect.ListType(item_type=item, max_length=most):
+        case inspect.ListType(item_type=item, max_length=most) | inspect.VarTupleType(item_type=item, max_length=most):
             return f"list of {describe(item)}, at most {most}"
         case inspect.StrType(min_length=least, max_length=most, pattern=pattern):
             return f"str `{pattern}`" * bool(pattern) + f"str {least or 0} to {most}" * (

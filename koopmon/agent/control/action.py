@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.state import ControlState
 from koopmon.agent.parallelism import ParallelLayout
-from koopmon.api import ArchitectureAdapter
+from koopmon.api import ArchitectureAdapter, Stack
 from koopmon.plugins import Selection
 from koopmon.wire.messages import AckOutcome, Applied, Command, CommandKind
 
@@ -47,6 +47,8 @@ class Target:
     """The caps that changed the request."""
     acts: bool = True
     """False for the way back to the user's own values, which is always open."""
+    corrects: bool = False
+    """True for a correction of what is in force. It uses none of the hourly allowance, and prints no line."""
 
 
 class RequestRefusedError(Exception):
@@ -59,6 +61,8 @@ class Completion:
 
     outcome: AckOutcome
     detail: str
+    permanent: bool = False
+    """True if the action can never work in this launch, so that the command would be refused again."""
 
 
 @dataclass(slots=True)
@@ -78,6 +82,8 @@ class NextForwards(NamedTuple):
     data_rank: int
     obstacle: str = ""
     """The reason why no action can change the stream; empty if one can."""
+    stack: Stack | None = None
+    """The verified chain; None before that."""
 
 
 class Injection(Protocol):
@@ -111,7 +117,7 @@ class ControlAction(ABC):
     """True if the action stays in force after the agent has failed, so that all ranks keep the same values."""
 
     completes_at_edge: ClassVar[bool] = False
-    """True if a command of this kind is acknowledged with the result of the next `at_edge`."""
+    """True if a command of this kind is acknowledged with the result of `at_edge`."""
     hello_changed = False
     """Set by an action whose `hello` has changed. The runtime clears it."""
 
@@ -180,7 +186,7 @@ class ControlAction(ABC):
         """Work between two steps: `step` updates are done, and the next forward has not begun.
 
         `agree` returns True if all ranks pass True. It waits for them: call it on all ranks or on none. Returns the
-        outcome of a command that came in force in this step, if `completes_at_edge`.
+        outcome of a command that has come in force, if `completes_at_edge`. None asks again at the next edge.
         """
         return None
 

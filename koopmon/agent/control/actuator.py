@@ -83,7 +83,9 @@ class CommandResult:
     reason: str = ""
     """The reason of an applied command."""
     completes: CommandKind | None = None
-    """The kind of an action that completes the command at the next step edge."""
+    """The kind of an action that completes the command at a later step edge."""
+    corrects: bool = False
+    """True for a correction of what is in force, which prints no line."""
 
 
 class Actuator:
@@ -125,7 +127,7 @@ class Actuator:
         self._underway: list[Applied | RampBack | CommandResult] = []
         """Parts of the state in the exchange in flight."""
         self._incomplete: dict[CommandKind, CommandResult] = {}
-        """Commands in force that their action completes at the next step edge."""
+        """Commands in force that their action completes at a later step edge."""
         self._remembered: dict[str, None] = {}
         self._action_times: deque[float] = deque()
         self._snapshots = range(0)
@@ -240,9 +242,11 @@ class Actuator:
     def _complete(self, step: int) -> None:
         for kind, at_edge in self._at_edge:
             done = at_edge(self.state, step, self._agree)
-            result = self._incomplete.pop(kind, None) if self._incomplete else None
-            if done is not None and result is not None:
-                self._report(dataclasses.replace(result, outcome=done.outcome, detail=done.detail))
+            if done is None or (result := self._incomplete.pop(kind, None)) is None:
+                continue
+            # The last update with the values in force has the number `step` - 1.
+            outcome = {"outcome": done.outcome, "detail": done.detail, "permanent": done.permanent}
+            self._report(dataclasses.replace(result, step=max(result.step, step - 1), **outcome))
 
     def _agree(self, value: bool) -> bool:
         return value if self._group is None else self._group.agree(value)
@@ -279,7 +283,11 @@ class Actuator:
 
     def _apply_command(self, command: Command, state: ControlState, step: int) -> ControlState:
         following, result = self._judge(command, state, step)
-        underway = any(isinstance(each, CommandResult) and each.command_id == command.id for each in self._underway)
+        known = (*self._underway, *self._incomplete.values())
+        same = [each for each in known if isinstance(each, CommandResult) and each.command_id == command.id]
+        if any(each.completes is not None for each in same):
+            return state  # the outcome comes at a later edge, and the monitor takes the first answer
+        underway = bool(same)
         # The outcome of a repetition must not precede that of the first command.
         if following is None and not underway:
             self._report(result)
@@ -319,6 +327,10 @@ class Actuator:
                     each = dataclasses.replace(each, outcome="failed", detail="the exchange between the ranks failed")
                 each = dataclasses.replace(each, step=step)
                 if in_force and each.completes is not None:
+                    if (before := self._incomplete.get(each.completes)) is not None:
+                        self._report(
+                            dataclasses.replace(before, outcome="failed", detail="a later command replaced it")
+                        )
                     self._incomplete[each.completes] = each
                 else:
                     self._report(each)
@@ -361,7 +373,7 @@ class Actuator:
             return rejected("duplicate")
         if step > command.expires_step:
             return rejected("expired", f"not to be applied after step {command.expires_step}")
-        detail, completes = "", None
+        detail, completes, corrects = "", None, False
         if command.kind == "set_cadence":
             until = _END_OF_RUN if command.cadence_until_step is None else command.cadence_until_step
             state = state.changed(cadence_steps=command.cadence_steps, cadence_until_step=until)
@@ -372,20 +384,20 @@ class Actuator:
             except RequestRefusedError as error:
                 return rejected("refused", str(error))
             detail, completes = target.detail, action.kind if action.completes_at_edge else None
+            corrects = target.corrects
             if target.acts:
                 capability = self._capability(action)
                 if not capability.acts:
                     return rejected("refused", capability.reason, permanent=True)
-                if not self._may_act():
+                if not target.corrects and not self._may_act():
                     most = self._limits.max_actions_per_hour
                     return rejected("refused", f"{most} actions in the last hour, the most allowed")
             state = _towards(state, action, target, step, command.ramp_steps)
         self._remembered[command.id] = None
         if len(self._remembered) > MAX_REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
-        return state, CommandResult(
-            command.id, "applied", step, detail, kind=command.kind, reason=command.reason, completes=completes
-        )
+        known = {"kind": command.kind, "reason": command.reason, "completes": completes, "corrects": corrects}
+        return state, CommandResult(command.id, "applied", step, detail, **known)  # type: ignore[arg-type]
 
     def _capability(self, action: ControlAction) -> Capability:
         splits_tokens = self._group is not None and self._group.splits_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.control.action import ControlAction
+from koopmon.agent.control.ceilings import Ceilings
 from koopmon.agent.control.kss.action import KssAction
 from koopmon.agent.control.loop_requests import CheckpointRequest, StopRequest
 from koopmon.agent.control.lr_backoff import LrBackoff
@@ -19,6 +20,7 @@ def make_actions(config: Config, stats: AgentStats, breaker: CircuitBreaker) -> 
     return (
         backoff,
         KssAction(config, stats, breaker),
+        Ceilings(config.limits),
         RewindAction(config.limits, stats, backoff, credit_seconds=credit_seconds),
         StopRequest(),
         CheckpointRequest(),

@@ -126,6 +126,8 @@ class KeptSettings:
     def keep(self, applied: Applied) -> None:
         """Write the settings in force, if they have changed. No reader sees half a file."""
         self._used = True
+        # The next launch may begin with other weights, such as those of a checkpoint: it begins without ceilings.
+        applied = msgspec.structs.replace(applied, held_layers=())
         if applied == self._written or self._rank != 0 or os.getpid() != self._pid or self._is_anothers:
             return
         if self._written == Applied() and (kept := self._content(silent=True)) is not None and self._leaves(kept):

@@ -145,6 +145,7 @@ class LiveState:
             step=training.step,
             lr_scale=training.lr_scale,
             kss_alpha=training.kss_alpha,
+            num_held_layers=int(training.kss_held_layers),
             health=health,
         )
         changed = view != kept.view

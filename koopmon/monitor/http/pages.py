@@ -65,7 +65,7 @@ def runs_page(root: str, views: Sequence[RunView], now: float, policy: PolicyCon
         num_hidden=num_hidden,
         running=len(running),
         at_risk=sum(view.latest is not None and view.latest.risk >= policy.act_risk for view in running),
-        held_back=sum(view.lr_scale < 1.0 or view.kss_alpha > 0.0 for view in running),
+        held_back=sum(view.lr_scale < 1.0 or view.kss_alpha > 0.0 or view.num_held_layers > 0 for view in running),
         sparkline=sparkline,
     )
 

@@ -105,7 +105,11 @@ def _return(standing: PolicyStatus) -> Iterator[tuple[str, str]]:
         target = f"learning rate × {min(1.0, state.lr_scale * config.rise_factor):.3g}."
         when = f"After {wait} calm steps" if state.calm_since is None else f"At step {state.calm_since + wait}"
         yield "If it stays calm", f"{when}: {target}"
-    if state.kss_on_at is not None:
+    if state.held_layers:
+        wait = standing.kss.calm_steps
+        when = f"After {wait} calm steps" if state.calm_since is None else f"At step {state.calm_since + wait}"
+        yield "Ceilings", f"On layers {', '.join(map(str, state.held_layers))}. {when} they are released."
+    elif state.kss_on_at is not None:
         yield "KSS", f"Goes off at step {state.kss_on_at + config.kss_hold_steps}."
     if state.kss_barred:
         yield "KSS", "Barred: it harmed, or cannot reach this model."

@@ -161,7 +161,8 @@ def test_what_is_known_of_a_run_is_shown() -> None:
         "backed off · risk 0.90",
         "learning rate × 0.5 refused at step 1,234 watch-only",
         "a snapshot every step dry run",
-        "Step Risk Forecast Loss LR in force Gradient norm LR scale KSS alpha Update RMS Log-partition 7 0.10 – 1.25",
+        "Step Risk Forecast Loss LR in force Gradient norm LR scale KSS alpha Held layers Update RMS "
+        "Log-partition 7 0.10 – 1.25",
         "Layer Near-unit mass Expansive mass Contractive mass Spectral radius 0 0.25 0.25",
         "Loss 1.25 from 1.25 to 2.5",
     ):

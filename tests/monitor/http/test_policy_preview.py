@@ -72,7 +72,7 @@ def test_of_a_run_that_is_over_nothing_is_foretold(feed: Feed, make_profile: Pro
 
 
 def test_kss_is_foretold_where_it_is_the_policy(feed: Feed, make_profile: Profile) -> None:
-    fed = feed("job", tables={"policy": {"name": "kss"}})
+    fed = feed("job", tables={"policy": {"name": "kss"}, "kss": {"method": "published"}})
     fed.judge(1, make_profile())
     assert "KSS alpha 0.15" in dict(preview(fed.view).lines)["If the risk is severe, 0.8 or more"]
 
