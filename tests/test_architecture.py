@@ -30,8 +30,7 @@ ROOMS = {
     "config": "errors logs wire",  # a value that becomes part of a message has the bounds of the message
     "run_names": "errors wire",
     "risk": "errors config spectral wire",
-    "projection": "wire",
-    "policy": "errors config risk wire projection",
+    "policy": "errors config risk wire",
     "history": "errors files logs config spectral wire",
     "telemetry": "errors numbers config spectral risk wire",
     "offline": "errors config spectral risk policy history",

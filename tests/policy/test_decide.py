@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from msgspec import convert
 
 from koopmon.config import KssConfig, PolicyConfig, PolicyName
-from koopmon.policy import (
+from koopmon.policy.decide import (
     MAX_RATE,
     MIN_RATE,
     RATE_JUMP,

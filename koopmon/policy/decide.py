@@ -12,7 +12,7 @@ them diverge. The policy therefore does the following:
 - It returns a training whose weights are not finite to a copy (policy "auto"). A lower rate repairs no NaN.
 - It requests the end of a ruined run, if the configuration allows it, and a checkpoint at an alarm.
 - It adds KSS by projection: ceilings on what layers write whose spectral radius exceeds the one that they had while
-  calm (`koopmon/projection.py`). A higher loss under KSS bars it for the rest of the run.
+  calm (`koopmon/policy/projection.py`). A higher loss under KSS bars it for the rest of the run.
 - It can add KSS as published instead: the unstable penalty alone, above the run's own calm radius, with a ramp in and
   out. A severe risk bars it too.
 
@@ -28,8 +28,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from koopmon import projection
 from koopmon.config import KssConfig, PolicyConfig
+from koopmon.policy import projection
 from koopmon.risk.online_detector import Observation, OnlineRisk, normalization
 from koopmon.wire.messages import (
     MAX_HELD_LAYERS,

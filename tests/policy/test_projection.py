@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from koopmon.projection import MAX_FACTOR, MIN_FACTOR, WEIGHT, calm_radii, ceiling_factors, largest_radius
+from koopmon.policy.projection import MAX_FACTOR, MIN_FACTOR, WEIGHT, calm_radii, ceiling_factors, largest_radius
 from koopmon.wire.messages import MAX_CEILING_FACTOR, MAX_HELD_LAYERS
 
 RADII = st.lists(st.floats(0.0, 1e300), min_size=1, max_size=80)

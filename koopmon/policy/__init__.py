@@ -1,0 +1,27 @@
+"""Policy: what to do about a risk, as pure functions of observations and risk."""
+
+from koopmon.policy.decide import (
+    HOUR_SECONDS,
+    Action,
+    Decision,
+    PolicyState,
+    acknowledge,
+    ceilings_answered,
+    decide,
+    kss_shielded,
+    rewound,
+    stop_answered,
+)
+
+__all__ = [
+    "HOUR_SECONDS",
+    "Action",
+    "Decision",
+    "PolicyState",
+    "acknowledge",
+    "ceilings_answered",
+    "decide",
+    "kss_shielded",
+    "rewound",
+    "stop_answered",
+]
