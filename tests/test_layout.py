@@ -23,6 +23,11 @@ WITHOUT_TESTS = {
 """Modules without behaviour of their own, with the reason."""
 
 TESTED_IN = {
+    "koopmon/policy/answers.py": "tests/policy/test_decide.py",
+    "koopmon/policy/kss_rules.py": "tests/policy/test_decide.py",
+    "koopmon/policy/rate_rules.py": "tests/policy/test_decide.py",
+    "koopmon/policy/ruin_rules.py": "tests/policy/test_decide.py",
+    "koopmon/policy/state.py": "tests/policy/test_decide.py",
     "koopmon/agent/_autoload/sitecustomize.py": "tests/agent/test_autoload.py",
     "koopmon/agent/capture/chain_search.py": "tests/agent/capture/test_what_trains.py",
     "koopmon/agent/capture/compiled_stacks.py": "tests/agent/capture/test_graph_taps.py",

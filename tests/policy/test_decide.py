@@ -13,10 +13,7 @@ from hypothesis import strategies as st
 from msgspec import convert
 
 from koopmon.config import KssConfig, PolicyConfig, PolicyName
-from koopmon.policy.decide import (
-    MAX_RATE,
-    MIN_RATE,
-    RATE_JUMP,
+from koopmon.policy import (
     Action,
     Decision,
     PolicyState,
@@ -27,6 +24,8 @@ from koopmon.policy.decide import (
     rewound,
     stop_answered,
 )
+from koopmon.policy.decide import RATE_JUMP
+from koopmon.policy.state import MAX_RATE, MIN_RATE
 from koopmon.risk.online_detector import OnlineRisk
 from koopmon.wire.messages import Ack, Applied, KssSettings, Rate, Rewind
 from tests.factories import observation
