@@ -59,13 +59,36 @@ def _items() -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], object]]]
     for name in ("benchmark", "deterministic"):
         cudnn = torch.backends.cudnn
         yield f"cudnn.{name}", partial(getattr, cudnn, name), partial(setattr, cudnn, name)
+    for module, kind in (("torch.nn.modules.module", "modules"), ("torch.optim.optimizer", "optimizers")):
+        known = vars(sys.modules[module]).items()
+        tables = [each for name, each in known if name.startswith("_global_") and isinstance(each, dict)]
+        yield f"the hooks of all {kind}", partial(_entries, tables), partial(_put_entries, tables)
+    yield "the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit
+    yield "the level of the log", lambda: logging.root.manager.disable, logging.disable
     yield "the working directory", os.getcwd, os.chdir
+    paths = list(sys.path)
+    # A plugin may add paths of its own.
+    yield "sys.path", lambda: [path for path in paths if path in sys.path], partial(_put_paths, paths)
     # Other filters may be a library's, which would not add them a second time: keep those.
     yield "which warnings are errors", _fatal_warnings, _keep_fatal_warnings
 
 
 def _anomaly() -> tuple[bool, bool]:
     return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+
+
+def _entries(tables: list[dict[Any, Any]]) -> list[list[tuple[Any, Any]]]:
+    return [list(table.items()) for table in tables]
+
+
+def _put_entries(tables: list[dict[Any, Any]], kept: list[list[tuple[Any, Any]]]) -> None:
+    for table, entries in zip(tables, kept, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+def _put_paths(paths: list[str], _: list[str]) -> None:
+    sys.path[:] = paths + [path for path in sys.path if path not in paths]
 
 
 def _fatal_warnings() -> list[Any]:

@@ -432,11 +432,35 @@ CHANGES = {
         "__import__('warnings').filterwarnings('error', 'never said')",
         "which warnings are errors",
     ),
+    "module-hook": (
+        "torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: output * 2)",
+        "the hooks of all modules",
+    ),
+    "parameter-hook": (
+        "torch.nn.modules.module.register_module_parameter_registration_hook(lambda *args: None)",
+        "the hooks of all modules",
+    ),
+    "optimizer-hook": (
+        "__import__('sys').modules['torch.optim.optimizer'].register_optimizer_step_pre_hook(lambda *args: None)",
+        "the hooks of all optimizers",
+    ),
+    "recursion": ("__import__('sys').setrecursionlimit(500)", "the recursion limit"),
+    "logging": ("__import__('logging').disable(20)", "the level of the log"),
+    "paths": ("__import__('sys').path.clear()", "sys.path"),
+    "own-path": ("__import__('sys').path.append('/of/a/plugin')", ""),
     "grad-mode": ("torch.set_grad_enabled(False)", ""),
     "inference-mode": ("torch.inference_mode(True).__enter__()", ""),
     "device": ("torch.set_default_device('meta')", ""),
     "autocast": ("torch.set_autocast_enabled('cpu', True)", ""),
 }
+
+
+HOOKS_OF_ALL = [
+    table
+    for module in ("torch.nn.modules.module", "torch.optim.optimizer")
+    for name, table in vars(sys.modules[module]).items()
+    if name.startswith("_global_") and isinstance(table, dict)
+]
 
 
 def everything() -> list[object]:
@@ -451,6 +475,10 @@ def everything() -> list[object]:
         torch.is_anomaly_enabled(),
         torch.get_float32_matmul_precision(),
         os.getcwd(),
+        [list(each) for each in HOOKS_OF_ALL],
+        sys.getrecursionlimit(),
+        logging.root.manager.disable,
+        [path for path in sys.path if path != "/of/a/plugin"],
         [each for each in warnings.filters if each[0] == "error"],
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
