@@ -1,7 +1,7 @@
 """Cost of a step under ceilings (KSS by projection): `python -m benchmarks.ceilings_cost`.
 
-Two equal trainings take turns, step by step, in one thread. Both have an agent; in one of them every layer is held.
-The CPU time of the thread is measured, so that other work on the machine counts little.
+Every layer of a training is held, and the ceilings bind. The CPU time of the thread that works on the weights is
+compared with that of the whole step, so that other work on the machine counts little.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from benchmarks.provenance import provenance
 from benchmarks.proving_ground.models import build
 from benchmarks.proving_ground.text import batch
 from benchmarks.proving_ground.training import loss_of
+from koopmon.agent.control import ceilings
 from koopmon.agent.runtime import AgentRuntime
 from koopmon.config import from_mapping
 from koopmon.conformance.training import Notebook
@@ -64,8 +65,8 @@ class Training:
     def hold(self, layers: int) -> None:
         """Put ceilings on the first `layers` layers. Raises RuntimeError if they are not acknowledged."""
         name: dict[str, Any] = {"run": "job", "incarnation": "0" * 8, "id": secrets.token_hex(8), "reason": "benchmark"}
-        ceilings = dict.fromkeys(range(layers), FACTOR)
-        self.runtime.lifecycle.submit(Command(**name, kind="set_ceilings", ceilings=ceilings, expires_step=1 << 40))
+        factors = dict.fromkeys(range(layers), FACTOR)
+        self.runtime.lifecycle.submit(Command(**name, kind="set_ceilings", ceilings=factors, expires_step=1 << 40))
         for _ in range(10):
             self.step()
         if len(self.runtime.lifecycle.applied().held_layers) != layers:
@@ -73,34 +74,40 @@ class Training:
 
 
 def measure(width: int, num_layers: int, steps: int) -> dict[str, Any]:
-    """Return the median CPU time of a step with and without ceilings, and the median ratio of neighbouring steps."""
-    free, held = Training(width, num_layers), Training(width, num_layers)
+    """Return the median CPU time of a step, and that of the work on the weights in it."""
+    training, added, hold = Training(width, num_layers), [], ceilings.hold
+
+    def timed(weights: Any) -> None:
+        started = time.thread_time()
+        hold(weights)
+        added.append(time.thread_time() - started)
+
     for _ in range(3):
-        free.step()
-        held.step()
-    held.hold(num_layers)
-    free.seconds.clear()
-    held.seconds.clear()
-    for step in range(steps):
-        for each in (free, held) if step % 2 else (held, free):
-            each.step()
-    free.runtime.close("")
-    held.runtime.close("")
-    differences = [with_ceilings - alone for with_ceilings, alone in zip(held.seconds, free.seconds, strict=True)]
-    alone = statistics.median(free.seconds)
+        training.step()
+    training.hold(num_layers)
+    training.seconds.clear()
+    ceilings.hold = timed
+    try:
+        for _ in range(steps):
+            training.step()
+    finally:
+        ceilings.hold = hold
+        training.runtime.close("")
+    cost = statistics.median(added)
+    alone = statistics.median(training.seconds) - cost
     return {
         "width": width,
         "layers": num_layers,
         "steps": steps,
         "step_ms": 1e3 * alone,
-        "added_us": 1e6 * statistics.median(differences),
-        "ratio": 1.0 + statistics.median(differences) / alone,
+        "added_us": 1e6 * cost,
+        "ratio": 1.0 + cost / alone,
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ceilings_cost", description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--widths", nargs="+", type=int, choices=list(SIZES), default=list(SIZES), metavar="WIDTH")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args(arguments)

@@ -47,6 +47,11 @@ MAX_SEARCH_STEPS = 16
 """Steps in which the forwards must use every writing weight. An expert may get no token in some of them."""
 LAST_VOTE_STEPS = 24
 """Steps after which a search ends without a vote, because the ranks no longer exchange."""
+TOLERANCE = 1e-3
+"""Relative excess of a norm over its ceiling that counts as held, beside the rounding of the weight's type.
+
+A norm in single precision is a sum of up to millions of squares.
+"""
 PREFIX = "layer."
 """The parameter of a layer's factor has this and the number of the layer as its name."""
 
@@ -284,7 +289,7 @@ class Ceilings(ControlAction):
         for each in (one for layer in self._held.values() for one in layer):
             weight = each.tensor()
             (norm,) = _norms([weight])
-            tolerance = 0.0 if weight is None else 4.0 * torch.finfo(weight.dtype).eps
+            tolerance = TOLERANCE + (0.0 if weight is None else 4.0 * torch.finfo(weight.dtype).eps)
             if not norm <= each.ceiling * (1.0 + tolerance):
                 return f"{each.name} has the norm {norm:.3g}, and its ceiling is {each.ceiling:.3g}"
         return ""

@@ -48,7 +48,7 @@ class Recorder(ControlAction):
         self.calls.append(("end",))
 
     def before_forwards(self, state: ControlState, step: int, forwards: NextForwards) -> Injection | None:
-        self.calls.append(("before_forwards", step, forwards))
+        self.calls.append(("before_forwards", step, forwards._replace(stack=None)))
         self.offset = 1.0 - self.strength(state, step)
         return self if self.offset else None
 

@@ -410,6 +410,15 @@ def test_weights_that_are_not_finite_are_left_alone(value: float) -> None:
     assert weight[1] == 1.0
 
 
+def test_a_large_weight_counts_as_held() -> None:
+    action, weight = Ceilings(LimitsConfig()), nn.Parameter(torch.randn(1500, 1500))
+    held = [ceilings_module._Weight("w", weakref.ref(weight), 0.9 * float(weight.detach().double().norm()))]
+    action._held = {0: held}
+    assert action._above().startswith("w has the norm")
+    ceilings_module.hold(held)
+    assert action._above() == ""
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_each_type_of_weights_is_held(dtype: torch.dtype) -> None:
     weight = nn.Parameter(torch.randn(64, 64).to(dtype))

@@ -21,6 +21,7 @@ from koopmon.agent.control.writing_weights import (
     writing_weights,
 )
 from koopmon.api import Point, Stack
+from koopmon.plugins import select
 
 B, T, D = 2, 5, 8
 
@@ -327,3 +328,60 @@ def test_a_subclass_of_tensors_is_refused() -> None:
     model = Stream(sequential)
     model.blocks[0].out.weight = Quantised(model.blocks[0].out.weight.detach())
     assert "is a Quantised" in why(model, torch.optim.AdamW(model.parameters()))
+
+
+# Models of transformers.
+
+SMALL: dict[str, Any] = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 2}
+HEADS: dict[str, Any] = {**SMALL, "num_attention_heads": 2, "intermediate_size": 32}
+GPT2: dict[str, Any] = {"vocab_size": 11, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+PUBLISHED: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "GPT2": (GPT2, {"attn.c_proj", "mlp.c_proj"}),
+    "Llama": (HEADS, {"self_attn.o_proj", "mlp.down_proj"}),
+    "GPTNeoX": (HEADS, {"attention.dense", "mlp.dense_4h_to_h"}),
+    "Mixtral": ({**HEADS, "num_local_experts": 2, "num_key_value_heads": 2}, {"self_attn.o_proj", "experts.down_proj"}),
+    "Mamba": ({**SMALL, "state_size": 4}, {"mixer.out_proj"}),
+}
+
+
+def search_of_published(name: str, config: dict[str, Any]) -> tuple[Any, WritingWeightsSearch]:
+    transformers: Any = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM" if name != "GPT2" else "GPT2LMHeadModel")(
+        getattr(transformers, f"{name}Config")(**config)
+    )
+    model.train()
+    stack = select(model).candidates[0]
+    search = WritingWeightsSearch(stack)
+    for point in stack.points:
+
+        def enter(_: Any, args: Any, kwargs: Any, at: int = point.layer) -> None:
+            search.enter(at, args[0] if args else kwargs["hidden_states"], None)
+
+        def leave(_: Any, args: Any, out: Any, at: int = point.layer) -> None:
+            search.leave(at, out[0] if isinstance(out, tuple) else out)
+
+        point.entry.register_forward_pre_hook(enter, with_kwargs=True)
+        point.module.register_forward_hook(leave)
+    for _ in range(4):
+        model(input_ids=torch.randint(0, 11, (B, T)))
+    return model, search
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_weights_of_published_models_are_found(name: str) -> None:
+    config, expected = PUBLISHED[name]
+    model, search = search_of_published(name, config)
+    assert (search.refusal, search.missing) == ("", "")
+    names = {id(each): path for path, each in model.named_parameters()}
+    found = {names[each] for weights in search.weights.values() for each in weights}
+    assert {path.removesuffix(".weight").removesuffix(".bias") for path in found} == {
+        path.removesuffix(".weight").removesuffix(".bias")
+        for path in names.values()
+        if any(f"{each}." in f"{path}." for each in expected)
+    }
+
+
+def test_published_models_that_normalise_what_they_write_are_refused() -> None:
+    _, search = search_of_published("Gemma2", {**HEADS, "num_key_value_heads": 2, "head_dim": 8})
+    assert search.refusal.startswith("block 0: ")
