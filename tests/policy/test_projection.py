@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from koopmon.policy.projection import MAX_FACTOR, MIN_FACTOR, WEIGHT, calm_radii, ceiling_factors, largest_radius
+from koopmon.policy.projection import MAX_FACTOR, MIN_FACTOR, calm_radii, ceiling_factors, largest_radius
 from koopmon.wire.messages import MAX_CEILING_FACTOR, MAX_HELD_LAYERS
 
 RADII = st.lists(st.floats(0.0, 1e300), min_size=1, max_size=80)
@@ -17,7 +17,7 @@ RADII = st.lists(st.floats(0.0, 1e300), min_size=1, max_size=80)
 def test_the_first_calm_radii_are_those_of_the_snapshot_and_later_ones_move_them_a_little() -> None:
     first = calm_radii((), (1.5, 8.0))
     assert first == (1.5, 8.0)
-    assert calm_radii(first, (2.5, 8.0)) == pytest.approx((1.5 + WEIGHT, 8.0))
+    assert calm_radii(first, (2.5, 8.0)) == pytest.approx((1.6, 8.0))
 
 
 def test_another_number_of_layers_starts_the_means_again() -> None:
@@ -38,7 +38,7 @@ def test_tau_is_the_calm_radius_of_the_layer_and_at_least_the_least(
     [
         (2.5, 2.0, 1.0 / 1.5),
         (3.0, 2.0, 0.5),
-        (110.0, 2.0, MIN_FACTOR),
+        (110.0, 2.0, 0.5),
         (2.000001, 2.0, 0.999999),
         (6.0, 5.0, 0.8),
         (100.0, 99.0, 98.0 / 99.0),
