@@ -40,7 +40,8 @@ BY_HAND: Mapping[str, Mapping[str, Any]] = {
     "clipping at 0.5": {"clip": 0.5},
     "loss spike halves the rate": {"control": "spike"},
 }
-POLICIES = ("lr", "kss", "kss+lr")
+POLICIES = ("auto", "lr", "kss", "kss+lr")
+"""`auto` also guards the healthy runs. KSS is that of the paper."""
 HEALTHY: Mapping[str, Mapping[str, Any]] = {
     "pre": {"norm": "pre", "lr": 0.001},
     "pre-fast": {"norm": "pre", "lr": 0.004},
@@ -126,7 +127,9 @@ def _serve_and_train(
     try:
         if policy:
             config, ready = temporary / "monitor.toml", temporary / "ready"
-            config.write_text(f'[policy]\nname = "{policy}"\nmax_actions_per_hour = 100000\n')
+            config.write_text(
+                f'[policy]\nname = "{policy}"\nmax_actions_per_hour = 100000\n[kss]\nmethod = "published"\n'
+            )
             command = [sys.executable, "-m", "koopmon", "monitor", "--bind", endpoint, "--http", "127.0.0.1:0"]
             command += ["--device", "cpu", "--store", str(store), "--config", str(config), "--ready-file", str(ready)]
             monitor = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
