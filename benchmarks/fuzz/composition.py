@@ -108,6 +108,8 @@ def legal(kind: msgspec.inspect.Type, choose: Choose[Any]) -> Any:
             return made(cls, choose)
         case msgspec.inspect.DictType():
             return {}
+        case msgspec.inspect.VarTupleType(item_type=item, max_length=most):
+            return tuple(legal(item, choose) for _ in range(choose((0, 1, most or 1))))
         case msgspec.inspect.IntType() | msgspec.inspect.FloatType():
             return choose([*_within(kind)])
     raise AssertionError(f"no values for {kind}")

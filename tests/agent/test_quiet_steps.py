@@ -28,7 +28,7 @@ SNAPSHOTS = [1, 13, 25]
 CONFIG = {"cadence": {"dense_every": 1, "warmup_steps": 1, "calm_every": EVERY}}
 MAX_CALLS = 24
 """Python calls of koopmon's code in a quiet step, whatever the model. Before there were quiet steps, there were 180."""
-MAX_SNAPSHOT_CALLS = 480
+MAX_SNAPSHOT_CALLS = 500
 """The same in a step with a snapshot, of a model of three blocks."""
 
 

@@ -153,7 +153,7 @@ def test_both_ranks_read_each_request_to_their_loop_at_one_step_or_neither_does(
 def test_under_fsdp2_kss_and_back_off_act_alike_on_both_ranks_once_allowed_to(
     ranks: Callable[..., Any], monitor: ScriptedMonitor, tmp_path: Path
 ) -> None:
-    act = {"limits": {"act": "always"}}
+    act = {"limits": {"act": "always", "max_actions_per_hour": 100_000}}
     common = {"shard": True, "endpoint": monitor.endpoint, "config": act}
     phases = [
         {"shard": True},
@@ -242,7 +242,7 @@ def test_commands_are_refused_inside_join(ranks: Callable[..., Any], monitor: Sc
 def test_ranks_that_hang_leave_early_or_never_come(
     ranks: Callable[..., Any], monitor: ScriptedMonitor, tmp_path: Path
 ) -> None:
-    act = {"control": {"timeout_seconds": 1.0}, "limits": {"act": "always"}}
+    act = {"control": {"timeout_seconds": 1.0}, "limits": {"act": "always", "max_actions_per_hour": 100_000}}
     common = {"endpoint": monitor.endpoint, "config": act, "pause": 0.02}
     hang = {"hang_step": 60, "hang_seconds": 1.4}
     phases = [

@@ -1080,8 +1080,10 @@ def the_rate_of_one_optimizer_is_copied_to_another(loop: Loop) -> Any:
 def test_the_updates_shrink_and_nobody_sees_the_scale(name: str, tried: Any) -> None:
     refusal, ratios = tried(LOOPS[name])
     assert not refusal
-    # The step after the command, and not the first one: momentum may contain earlier rates.
-    assert max(ratios[FIRST + 2 : LAST - 2]) < 0.35, ratios
+    # The step after the command, and not the first one: momentum may contain earlier rates. Where optimizers step in
+    # threads, the command may come in force between them.
+    first = FIRST + (3 if name == "a_step_in_another_thread" else 2)
+    assert max(ratios[first : LAST - 2]) < 0.35, ratios
     assert 0.4 < ratios[-1] < 2.5, ratios
 
 
