@@ -140,7 +140,7 @@ CAUSES: tuple[Cause, ...] = (
         "takeover",
         "Stream take-over",
         f"a spectral radius of at least {TAKEOVER_RADIUS:g}, {TAKEOVER_RATIO:g} times that of any other block",
-        _LOWER_RATE,
+        f"{_LOWER_RATE} Policies `kss` and `kss+lr`: ceilings on what the block writes.",
         "The radius of the block falls to that of the run while calm. A lower rate alone rarely undoes a take-over.",
         "Lower the peak rate, or make the warm-up longer.",
         _takeover,

@@ -141,7 +141,8 @@ def test_names_differ_and_texts_are_one_line() -> None:
 
 def test_the_kinds_of_commands_are_those_that_the_table_was_written_for() -> None:
     """A new action needs a look at the table."""
-    assert set(get_args(CommandKind)) == {"set_lr_scale", "set_kss", "set_cadence", "rewind", "stop", "checkpoint"}
+    known = {"set_lr_scale", "set_kss", "set_ceilings", "set_cadence", "rewind", "stop", "checkpoint"}
+    assert set(get_args(CommandKind)) == known
 
 
 def test_an_observation_names_the_layers_of_the_largest_logit_and_radius() -> None:
