@@ -28,6 +28,7 @@ def seen_at(step: int, scale: float) -> Observation:
     ratio = 0.5 + (math.exp(2.5 * scale) if step >= 30 and step % 3 == 0 else 0.0)
     return observation(
         step,
+        spectral_radii=(30.0 if step >= 30 else 1.5, 1.5),
         update_ratios=(0.5, ratio),
         near_unit_mass=0.95,
         max_spectral_radius=1.2,
@@ -100,8 +101,10 @@ def test_a_history_whose_observations_repeat_the_scalars_is_replayed_alike(recor
 def test_another_policy_does_otherwise(recorded: Recorder) -> None:
     path = recorded(policy("lr"))
     assert not any(row.actions for row in again(path, policy("observe")))
-    kinds = {action.kind for row in again(path, policy("kss+lr")) for action in row.actions}
-    assert kinds == {"set_lr_scale", "set_kss"}
+    published = from_mapping({"policy": {"name": "kss+lr"}, "kss": {"method": "published"}})
+    others = {"set_ceilings": policy("kss"), "set_lr_scale set_kss": published}
+    for kinds, other in others.items():
+        assert {action.kind for row in again(path, other) for action in row.actions} == set(kinds.split())
     sure = policy("lr", confirm_snapshots=2, severe_risk=1.0, act_risk=0.05, release_risk=0.04)
     hasty, patient = (next(row.step for row in again(path, each) if row.actions) for each in (policy("lr"), sure))
     assert hasty < patient

@@ -1576,6 +1576,7 @@ def test_an_alarm_sets_ceilings_on_the_layers_above_their_calm_radius_and_two() 
     )
     state = run.state
     assert (state.phase, state.held_layers, state.acted_at, state.kss_on_at) == ("acting", (0, 2), 5, 5)
+    assert state.risk_at_action == HIGH
 
 
 def test_without_an_alarm_or_without_a_layer_above_tau_nothing_is_held() -> None:
