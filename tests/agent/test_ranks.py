@@ -153,7 +153,7 @@ def test_both_ranks_read_each_request_to_their_loop_at_one_step_or_neither_does(
 def test_under_fsdp2_kss_and_back_off_act_alike_on_both_ranks_once_allowed_to(
     ranks: Callable[..., Any], monitor: ScriptedMonitor, tmp_path: Path
 ) -> None:
-    act = {"limits": {"act": "always", "max_actions_per_hour": 100_000}}
+    act = {"limits": {"act": "always"}}
     common = {"shard": True, "endpoint": monitor.endpoint, "config": act}
     phases = [
         {"shard": True},
@@ -196,13 +196,13 @@ def test_ranks_with_different_counts_of_steps_meet_after_one_time_out(
     ranks: Callable[..., Any], monitor: ScriptedMonitor, tmp_path: Path, lagging: int
 ) -> None:
     """Rank `lagging` steps in every third iteration only."""
-    config = {"control": {"timeout_seconds": 1.0}}
+    config = {"control": {"timeout_seconds": 1.0}, "limits": {"max_actions_per_hour": 100_000}}
     common = {"endpoint": monitor.endpoint, "pause": 0.02, "steps": 400, "lagging": lagging, "config": config}
     job = ranks("ddp.py", tmp_path / "out", json.dumps([{**common, "run": "lag", "lag": "accumulate"}]))
     started(monitor, job, "lag")
     sent: list[str] = []
     while job.processes[0].poll() is None and not ended(monitor, "lag"):
-        sent.append(monitor.command("set_lr_scale", "lag", lr_scale=max(0.9 - 0.01 * len(sent), 0.1)))
+        sent.append(monitor.command("set_lr_scale", "lag", lr_scale=0.9 - 0.01 * (len(sent) % 80)))
         time.sleep(0.2)
     outputs = job.wait()
     (both,) = results(tmp_path / "out")
