@@ -46,7 +46,8 @@ def rewound(state: PolicyState, ack: Ack) -> PolicyState:
         return state
     if ack.outcome != "applied":
         return replace(state, rewinding=False)
-    return replace(state, rewinding=False, acted_at=ack.step, high_streak=0, calm_since=None)
+    num_rewound = state.num_rewound + 1
+    return replace(state, num_rewound=num_rewound, rewinding=False, acted_at=ack.step, high_streak=0, calm_since=None)
 
 
 def stop_answered(state: PolicyState, ack: Ack) -> PolicyState:

@@ -82,14 +82,14 @@ def restore(case: Case) -> Proposal | None:
     """Return a training that stays without finite numbers to its last copy.
 
     The first time the rate stays: one bad batch may be the cause, and the data goes on behind it. A rate that explains
-    it, and each further time, lower the rate.
+    it, and each further time, lower the rate. A refused rewind is no such time: the weights were finite.
     """
     state, config = case.state, case.config
     if not may_restore(case):
         return None
     if not case.may_cut or state.ruined_streak < RESTORE_SNAPSHOTS:  # a lower rate repairs no NaN: no other rule
         return (), state, f"{sign_of_ruin(state, case.seen, case.risk, config)}: waits for the rewind"
-    lowers = state.num_rewinds > 0 or (case.risk.excess_rate or 0.0) >= 1.0
+    lowers = state.num_rewound > 0 or (case.risk.excess_rate or 0.0) >= 1.0
     scale = max(config.min_lr_scale, rate_rules.lower_scale(case)) if lowers else state.lr_scale
     actions = [
         Action(

@@ -84,6 +84,8 @@ class PolicyState:
     """Cap on the learning rate in force; None without one."""
     num_rewinds: Count = 0
     """Number of rewinds commanded."""
+    num_rewound: Count = 0
+    """Number of rewinds carried out."""
     rewinding: bool = False
     """True from the command of a rewind until its acknowledgement or expiry."""
     kss: KssSettings = field(default_factory=KssSettings)

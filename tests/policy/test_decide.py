@@ -1337,6 +1337,18 @@ def test_a_training_that_is_not_finite_again_gets_a_lower_rate_each_time() -> No
     assert all(action.kind != "rewind" for _, action in run.actions[5:]), "three are the most"
 
 
+def test_refused_rewinds_lower_no_rate() -> None:
+    """A loop that drops batches with a loss of NaN keeps finite weights."""
+    run, broken = restored(), normalised(**NAN, learning_rate=0.001)
+    for _ in range(3):
+        run.see(1.0, steps=2, **broken)
+        refused = answer(Action(kind="rewind", reason="r"), outcome="refused", step=run.step)
+        run.state = rewound(run.state, refused)
+        run.see(CALM, steps=run.config.cooldown_steps, **normalised(learning_rate=0.001))
+    assert [action.kind for _, action in run.actions] == ["rewind"] * 3
+    assert run.state.lr_scale == 1.0
+
+
 def test_a_rate_above_the_critical_one_is_lowered_with_the_first_return() -> None:
     run, broken = restored(excess=3.0), normalised(**NAN, update_exponent=1.0)
     run.see(1.0, steps=2, **broken)

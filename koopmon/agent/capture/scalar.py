@@ -1,7 +1,7 @@
 """Measured scalars: numbers where they lie in host memory, 0-d tensors on an accelerator, which nothing waits for.
 
-After the code of a training step, that of torch's small operations is not in the processor's caches. On the CPU a few
-of them take longer than the same arithmetic in Python on all parameters of a small model.
+Right after a training step, small operations of torch are slow: their code has left the processor's caches. On the CPU,
+Python adds up the numbers of a small model in less time than a few such operations take.
 """
 
 from __future__ import annotations

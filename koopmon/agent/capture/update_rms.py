@@ -68,7 +68,7 @@ class UpdateRms:
             mean: Tensor = torch.cat([torch.as_tensor(each, device=place) for each in (*on_devices, squares)]).nanmean()
             return mean.sqrt_()
         counted = [each for each in squares if each >= 0.0]  # no NaN
-        return math.sqrt(math.fsum(counted) / len(counted)) if counted else math.nan
+        return math.sqrt(sum(counted) / len(counted)) if counted else math.nan
 
 
 def _pairs(optimizer: Optimizer, group: dict[str, Any]) -> tuple[list[int], list[Tensor], list[Tensor]]:
