@@ -1058,7 +1058,7 @@ def test_after_a_rewind_calm_and_alarms_count_from_new_snapshots() -> None:
     """Snapshots between the command and the return show weights that are gone."""
     before = PolicyState(phase="acting", rewinding=True, max_rate=0.1, acted_at=4, high_streak=3, calm_since=6)
     after = rewound(before, answer(Action(kind="rewind", reason="r"), step=9))
-    assert after == replace(before, rewinding=False, acted_at=9, high_streak=0, calm_since=None)
+    assert after == replace(before, num_rewound=1, rewinding=False, acted_at=9, high_streak=0, calm_since=None)
 
 
 # A stop of a ruined training.
