@@ -30,7 +30,7 @@ from koopmon.agent.runtime import AgentRuntime
 from koopmon.config import LimitsConfig, from_mapping
 from koopmon.conformance.training import Notebook
 from koopmon.plugins import select
-from koopmon.wire.messages import MAX_HELD_LAYERS, MAX_LAYERS, Applied, Command, Hello, Rewind
+from koopmon.wire.messages import MAX_HELD_LAYERS, MAX_LAYERS, Applied, Command, Heartbeat, Hello, Rewind
 from tests.agent.models import build, checkpointed, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 
@@ -530,6 +530,7 @@ def test_two_ranks_hold_the_same_ceilings_bit_for_bit(
 ) -> None:
     job = ranks("ceilings.py", tmp_path / "out", monitor.endpoint)
     monitor.wait(lambda: any(each.num_layers and not each.process_rank for each in monitor.of(Hello)), 90.0)
+    monitor.wait(lambda: any(each.control_ready for each in monitor.of(Heartbeat)), 60.0)
     outcomes = []
     for factors in ({0: 0.5}, {0: 0.9, 1: 0.6}, {}, {2: 0.5}):
         asked = monitor.command("set_ceilings", ceilings=factors)
