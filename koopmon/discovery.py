@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -107,17 +108,30 @@ def random_state_kept() -> Iterator[None]:
 
 
 @contextmanager
+def eager() -> Iterator[None]:
+    """Run compiled models as written.
+
+    A compiler that traced the hooks of koopmon would keep guards on what they read.
+    """
+    if "torch._dynamo.eval_frame" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
 def probe(model: nn.Module, *, gradients: bool = False) -> Iterator[nn.Module]:
     """Yield the module to call for a forward pass without side effects.
 
-    Eval mode is set, and no_grad without `gradients`. Modes and random states are restored. The module inside a
-    DistributedDataParallel wrapper is yielded, so that no collective runs. The fused inference path of
-    torch.nn.TransformerEncoder is off, because it turns a padded batch into a nested tensor.
+    Eval mode is set, and no_grad without `gradients`. Modes and random states are restored. Compiled parts run as
+    written. The module inside a DistributedDataParallel wrapper is yielded, so that no collective runs. The fused
+    inference path of torch.nn.TransformerEncoder is off, because it turns a padded batch into a nested tensor.
     """
     modes = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
-        with random_state_kept(), torch.set_grad_enabled(gradients):
+        with eager(), random_state_kept(), torch.set_grad_enabled(gradients):
             model.eval()
             torch.backends.mha.set_fastpath_enabled(False)
             yield model.module if isinstance(model, DistributedDataParallel) else model

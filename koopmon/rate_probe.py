@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from koopmon.api import Discovery
 from koopmon.config import MonitorConfig, PolicyConfig, RiskConfig, SamplingConfig, merged
-from koopmon.discovery import random_state_kept
+from koopmon.discovery import eager, random_state_kept
 from koopmon.errors import KoopmonError
 from koopmon.profiling import CapturedStates, capture_states, walking
 from koopmon.risk.online_detector import RiskState, assess, observe
@@ -107,7 +107,7 @@ def peak_rate(
         return PeakRate(rate=critical, low=critical * PRIOR_LOW, high=critical * PRIOR_HIGH, reason=why)
     began, alarms, num_steps = time.perf_counter(), [], 0
     known: dict[str, Any] = {"adapter": captured.discovery.adapter, "stack": captured.discovery.stack.name}
-    with random_state_kept(), torch.enable_grad():
+    with eager(), random_state_kept(), torch.enable_grad():
         for _ in range(REPEATS):
             copied = copy.deepcopy(model)
             discovery = capture_states(

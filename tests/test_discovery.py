@@ -177,3 +177,31 @@ def test_normalisations_are_known_by_name(make: Any, normalises: bool) -> None:
     assert not koopmon.normalised(koopmon.Stack("blocks", (*points, Point("2", Block(), 2)))), "every block must"
     entered = tuple(Point(point.name, Block(), point.layer, entry_module=point.module) for point in points)
     assert koopmon.normalised(koopmon.Stack("blocks", entered)) is normalises
+
+
+@pytest.mark.parametrize("where", ["model", "block", "forward"])
+@pytest.mark.parametrize("look", [koopmon.discover, koopmon.profile])
+def test_no_graph_is_compiled_with_hooks_of_koopmon(where: str, look: Any) -> None:
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    blocks = [Block() for _ in range(3)]
+    model: Any = nn.Sequential(*blocks)
+    match where:
+        case "model":
+            model = torch.compile(model, backend=backend)
+        case "block":
+            for block in blocks:
+                block.compile(backend=backend)
+        case _:
+            model.forward = torch.compile(model.forward, backend=backend)
+    batch = torch.randn(B, T, D)
+    look(model, batch)
+    assert not graphs
+    with torch.no_grad():
+        model(batch)
+    assert graphs
+    assert torch._dynamo.eval_frame._stance.stance == "default"
