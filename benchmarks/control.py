@@ -7,27 +7,26 @@ rate when the loss jumps, and restore it later.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
+from benchmarks.ceilings import Ceilings
 from koopmon.agent.control.lr_backoff import MIN_EFFECTIVE_SCALE
 from koopmon.agent.control.rate_shares import Shares, factors, outgrown, shares_of
 from koopmon.agent.control.rewind import INTERVAL_STEPS, SECOND_SLOT, START_COPY_STEPS
 from koopmon.agent.control.state_copies import StateCopy, TrainingState
 from koopmon.config import KssConfig, PolicyConfig, RiskConfig
-from koopmon.policy import Action, PolicyState, decide, rewound
+from koopmon.policy import Action, PolicyState, ceilings_answered, decide, rewound
 from koopmon.risk.online_detector import OnlineRisk, RiskState, assess, observe
 from koopmon.spectral import SpectralProfile
 from koopmon.wire.messages import Ack, AckOutcome, Applied, KssSettings, Rewind, TrainingStep
 
 Control = Literal["", "auto", "lr", "kss", "kss+lr", "observe", "spike"]
 DELAY = 2
-KSS = KssConfig(method="published")
-"""The arms "kss" and "kss+lr" measure KSS as published."""
 SPIKE_RATIO, SPIKE_WINDOW, SPIKE_HOLD = 1.5, 20, 50
 
 
@@ -89,7 +88,7 @@ class Controller:
     """Control of one training. `lr_scale` and `kss` are the settings in force.
 
     `width` is 0 if the rate does not give the step length; `exponent` is the update exponent at the start. `copies` are
-    those of a training that can rewind. With `refuses_rewinds` the policy asks for rewinds and gets none.
+    those of a training that can rewind. With `ceilings` KSS is that by projection, else as published.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class Controller:
         risk: RiskConfig | None = None,
         policy: PolicyConfig | None = None,
         copies: Copies | None = None,
-        refuses_rewinds: bool = False,
+        ceilings: Ceilings | None = None,
     ) -> None:
         self._width, self._num_layers, self._exponent = width, num_layers, exponent
         self._config = risk or RiskConfig()
@@ -120,7 +119,8 @@ class Controller:
         self._state, self._history = PolicyState(), RiskState()
         self._waiting: list[tuple[int, Action]] = []
         self._copies = copies
-        self._asks_for_rewinds = copies is not None or refuses_rewinds
+        self._ceilings = ceilings
+        self._kss = KssConfig(method="published" if ceilings is None else "projection")
         self._cap: Cap | None = None
         self._rates = (0.0, 0.0)
         """Rates of both groups of parameters, before the scale and within the bounds on them."""
@@ -149,6 +149,8 @@ class Controller:
                 self._cap = Cap(action.max_rate, step, action.warmup_steps, self._cap.peak if self._cap else 0.0)
             if action.rewind is not None:
                 self._rewind(step, action.rewind, self._bounded(asked))
+            if action.ceilings is not None and self._ceilings is not None:
+                self._set_ceilings(step, self._ceilings, action.ceilings)
             if action.kss is not None:
                 self._kss_ramp = (step, action.ramp_steps, self.kss.alpha, action.kss.alpha)
                 self.kss = action.kss if action.kss.alpha > 0 else replace_alpha(self.kss, self.kss.alpha)
@@ -184,8 +186,23 @@ class Controller:
                 self._cap = None if self._cap is None else replace(self._cap, peak=0.0, warmup_steps=0)
             self.num_rewinds, self.lost_steps = self.num_rewinds + 1, self.lost_steps + step - copy_step
             self._history = RiskState()
-        ack = Ack(run="run", incarnation="0" * 8, command_id="0" * 8, outcome=outcome, step=step, applied=Applied())
-        self._state = rewound(self._state, ack)
+        self._state = rewound(self._state, _ack(outcome, step, Applied()))
+
+    def _set_ceilings(self, step: int, ceilings: Ceilings, factors: Mapping[int, float]) -> None:
+        ceilings.set(factors)
+        # The agent answers once two updates have shown that they hold.
+        ack = _ack("applied", step + 1, Applied(held_layers=tuple(factors)))
+        self._state = ceilings_answered(self._state, ack)
+
+    @property
+    def held_steps(self) -> int:
+        """Number of steps with ceilings."""
+        return 0 if self._ceilings is None else self._ceilings.num_held
+
+    def after_update(self) -> None:
+        """Hold the ceilings, after an update of the optimizer."""
+        if self._ceilings is not None:
+            self._ceilings.hold()
 
     def see(
         self,
@@ -206,18 +223,19 @@ class Controller:
             width=self._width or None,
             num_layers=self._num_layers,
             update_exponent=self._exponent,
-            rewinds=self._asks_for_rewinds,
+            rewinds=self._copies is not None,
             non_finite=profile is None,
             attention_logits=attention_logits,
         )
         self._history, self.risk = assess(self._history, seen, self._config)
         self.highest_risk = max(self.highest_risk, self.risk.value)
-        decision = decide(float(step), self._state, seen, self.risk, self._policy, KSS)
+        decision = decide(float(step), self._state, seen, self.risk, self._policy, self._kss)
         self._state = decision.state
         for action in decision.commands:
             if action.changes_training:
                 self.num_actions += 1
                 self.first_action = step if self.first_action is None else self.first_action
+            if action.kind != "set_cadence":
                 self._waiting.append((step + DELAY, action))
 
     @property
@@ -235,6 +253,10 @@ class Controller:
             self.lr_scale = min(1.0, self.lr_scale * 2)
             self._restore_at = step + SPIKE_HOLD
         self._losses.append(loss)
+
+
+def _ack(outcome: AckOutcome, step: int, applied: Applied) -> Ack:
+    return Ack(run="run", incarnation="0" * 8, command_id="0" * 8, outcome=outcome, step=step, applied=applied)
 
 
 def replace_alpha(settings: KssSettings, alpha: float) -> KssSettings:

@@ -7,7 +7,7 @@ Small models train on real text with warm-up, cosine, and gradient clipping at 1
   QK-norm, which is another model; and koopmon's detector and policy with their defaults.
 - rules: other remedies at three rates that are too high: ZClip, AdaGC, StableAdamW, the rate halved at a loss spike.
 - faults: faults at the best rate, with clipping alone and with koopmon.
-- projection: KSS by projection under koopmon's alarm, with and without its cap on the rate, and the policy `lr`.
+- projection: KSS by projection, which is the policy `kss`, and the policies `lr` and `kss+lr`.
 
 The detector's thresholds were chosen on seeds 0, 1 and 2 of the two decoders. Detector and policy run inside the
 training's process. Their decisions take effect two steps after the snapshot, as over the wire. A call replaces the
@@ -55,7 +55,7 @@ SEEDS = (10, 11, 12)
 ARMS: tuple[Arm, ...] = ("clip", "qk_norm", "guarded")
 RULES: tuple[Arm, ...] = ("zclip", "adagc", "stable_adamw", "spike", "backoff")
 RULE_RATES = (1e-2, 3e-2, 1e-1)
-PROJECTED: tuple[Arm, ...] = ("backoff", "projection", "capped_projection")
+PROJECTED: tuple[Arm, ...] = ("backoff", "projection", "projection_lr")
 PROJECTED_RATES = (3e-3, 1e-2, 3e-2)
 FAULT_RATE = 3e-3
 HIGHER: Mapping[Failure, tuple[float, ...]] = {"no_warmup": (1e-2, 3e-2)}

@@ -27,8 +27,8 @@ ARMS = {
     "spike": "clipping, rate halved at a loss spike",
     "backoff": "clipping and koopmon, policy `lr`",
     "guarded": "clipping and koopmon",
-    "projection": "clipping and projection",
-    "capped_projection": "clipping, projection and koopmon's cap",
+    "projection": "clipping and koopmon, policy `kss`",
+    "projection_lr": "clipping and koopmon, policy `kss+lr`",
 }
 FAULTS = {
     "no_warmup": "no warm-up",
@@ -144,7 +144,7 @@ def _projection(model: Document) -> list[str]:
     alone = _first(model, "clip", f"{model['best_rate']:g}", told["seeds"])
     best = statistics.fmean(alone or [model["best_loss"]])
     rows = []
-    arms = ("clip", "backoff", "guarded", "projection", "capped_projection")
+    arms = ("clip", "backoff", "guarded", "projection", "projection_lr")
     for arm in [each for each in arms if each in told["losses"] or each in model["arms"]]:
         losses = told["losses"].get(arm) or {rate: _first(model, arm, rate, told["seeds"]) for rate in rates}
         cells = [_mean(losses.get(rate)) for rate in rates]

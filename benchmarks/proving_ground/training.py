@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.ceilings import Ceilings
 from benchmarks.control import Control, Controller, Copies
 from benchmarks.proving_ground import text
 from benchmarks.proving_ground.clipping import gradient_rule
 from benchmarks.proving_ground.models import VOCABULARY, Family, attentions, build
 from benchmarks.proving_ground.optimizers import OptimizerName, set_rate
 from benchmarks.proving_ground.optimizers import build as build_optimizers
-from benchmarks.proving_ground.projection import Projection, Tau
 from koopmon.agent.capture.log_partition import log_partition
 from koopmon.agent.capture.slow_signals import SlowSignals
 from koopmon.agent.capture.update_rms import UpdateRms
 from koopmon.agent.control.optimizer_set import OptimizerSet
-from koopmon.config import CadenceConfig, PolicyConfig, RiskConfig, merged
+from koopmon.config import CadenceConfig, RiskConfig, merged
 from koopmon.plugins import adapters
 from koopmon.spectral import SpectralProfile, profile_states
 
@@ -41,15 +41,15 @@ Arm = Literal[
     "backoff",
     "guarded",
     "projection",
-    "capped_projection",
+    "projection_lr",
 ]
 """Arms of the comparison.
 
 clip: gradient clipping at 1.0 only. qk_norm: the same with normalised queries and keys, which is another model. zclip,
 adagc: other gradient clippings beside it. stable_adamw: update clipping beside it. spike: the rate is halved when the
 loss jumps. guarded: koopmon's detector and policy with their defaults. backoff: the same with the policy `lr`, which
-only lowers the rate. projection: KSS by projection under koopmon's alarm (`benchmarks.proving_ground.projection`), at
-the scheduled rate. capped_projection: the same with koopmon's cap on the rate, without rewinds.
+only lowers the rate. projection: the same with the policy `kss`, which sets ceilings at the scheduled rate.
+projection_lr: the same with the policy `kss+lr`, which does both.
 """
 Failure = Literal[
     "",
@@ -95,12 +95,9 @@ CONTROLS: Mapping[Arm, Control] = {
     "guarded": "auto",
     "backoff": "lr",
     "spike": "spike",
-    "projection": "observe",
-    "capped_projection": "auto",
+    "projection": "kss",
+    "projection_lr": "kss+lr",
 }
-PROJECTIONS: tuple[Arm, ...] = ("projection", "capped_projection")
-POLICIES: Mapping[Arm, PolicyConfig] = {"capped_projection": PolicyConfig(rewind_warmup_steps=0)}
-"""Policy of an arm with other settings than the defaults: a cap without a rewind starts no new warm-up."""
 CLIP = 1.0
 LOWEST_RATE = 0.1
 """Share of the peak rate at the end of the cosine."""
@@ -121,8 +118,7 @@ LAST = 20
 class Recipe:
     """`lr` is the peak rate; `warmup` linear steps, then a cosine to a tenth. Every arm clips at 1.0.
 
-    With `signals`, a run without a guard takes the snapshots of a guarded one too. `tau` is the ratio of
-    `benchmarks.proving_ground.projection.Tau`.
+    With `signals`, a run without a guard takes the snapshots of a guarded one too.
     """
 
     family: Family
@@ -139,14 +135,12 @@ class Recipe:
     optimizer: OptimizerName = "adamw"
     weight_decay: float = 0.0
     signals: bool = False
-    tau: float = Tau().ratio
 
     @property
     def name(self) -> str:
         more = f"-{self.failure}" if self.failure else ""
         more += f"-{self.optimizer}" if self.optimizer != "adamw" else ""
         more += f"-wd{self.weight_decay:g}" if self.weight_decay else ""
-        more += f"-tau{self.tau:g}" if self.tau != Tau().ratio else ""
         return f"{self.family}-d{self.width}-l{self.num_layers}-lr{self.lr:g}-s{self.seed}-{self.arm}{more}"
 
     def scheduled_rate(self, step: int) -> float:
@@ -196,8 +190,6 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
     rule = gradient_rule(recipe.arm, CLIP)
     takes_snapshots = recipe.signals or CONTROLS.get(recipe.arm, "spike") != "spike"
     recorder = Recorder(model)
-    blocks = list(model.get_submodule("blocks").children())
-    projection = Projection(blocks, Tau(recipe.tau)) if recipe.arm in PROJECTIONS else None
     generator = torch.Generator().manual_seed(100 + recipe.seed)
     first_loss = validation_loss(model, recipe)
     losses: list[float] = []
@@ -237,8 +229,6 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
         profile = recorder.stop(step) if due else None
         if due or recipe.arm == "spike":
             controller.see(own_step, profile, losses[-1], scheduled, recorder.logits() if due else ())
-        if due and projection is not None:
-            projection.see(step, profile, controller.risk.value, PolicyConfig())
         rule(parameters, norm)
         rates.append(scheduled * controller.lr_scale)
         set_rate(launch.optimizers, rates[-1] / max(1.0, apart), apart)
@@ -246,8 +236,7 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
             recorder.note_update(launch.optimizers)
         for optimizer in launch.optimizers:
             optimizer.step()
-        if projection is not None:
-            projection.hold(step)
+        controller.after_update()
     scalars = {
         "diverged_at": diverged_at,
         "first_loss": first_loss,
@@ -258,8 +247,7 @@ def train(recipe: Recipe) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
         "first_action": next((at for launch in launches if (at := launch.first_action) is not None), None),
         "min_lr_scale": min(launch.controller.min_lr_scale for launch in launches),
         "highest_risk": max(launch.controller.highest_risk for launch in launches),
-        "held_steps": 0 if projection is None else projection.num_held,
-        "first_alarm": None if projection is None else projection.first_step,
+        "held_steps": sum(launch.controller.held_steps for launch in launches),
         "seconds_per_step": (time.perf_counter() - began) / len(losses),
     }
     series = {"loss": np.array(losses), "grad_norm": np.array(norms), "rate": np.array(rates), **recorder.series()}
@@ -286,9 +274,8 @@ class Launch:
             num_layers=recipe.num_layers,
             exponent=0.0,
             risk=risk_config(recipe.family),
-            policy=POLICIES.get(recipe.arm),
             copies=Copies(model, self.optimizers) if recipe.arm == "guarded" else None,
-            refuses_rewinds=recipe.arm == "capped_projection",
+            ceilings=Ceilings(blocks_of(model)) if control in ("kss", "kss+lr") else None,
         )
 
     @property
@@ -326,12 +313,16 @@ def validation_loss(model: nn.Module, recipe: Recipe) -> float:
     return sum(loss_of(model, tokens).item() for tokens in batches) / VALIDATION_BATCHES
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    return list(model.get_submodule("blocks").children())
+
+
 class Recorder:
     """Takes the states of 512 tokens at every depth like the agent, and profiles them at online settings."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._blocks = list(model.get_submodule("blocks").children())
+        self._blocks = blocks_of(model)
         self._attentions = attentions(model)
         self._states: list[Tensor] = []
         self._handles: list[Any] = []

@@ -56,7 +56,7 @@ PREFIX = "layer."
 """The parameter of a layer's factor has this and the number of the layer as its name."""
 
 
-class _Weight(NamedTuple):
+class HeldWeight(NamedTuple):
     """A writing weight under a ceiling, or without one. The training alone keeps it alive."""
 
     name: str
@@ -83,7 +83,7 @@ class Ceilings(ControlAction):
         self._refusal = ""
         """The reason why this training can never have ceilings, which a search has found."""
         self._search: WritingWeightsSearch | None = None
-        self._weights: dict[int, list[_Weight]] = {}
+        self._weights: dict[int, list[HeldWeight]] = {}
         """The writing weights of each layer. Empty before they are proven."""
         self._answered = -1
         """Step of the last command that was answered. A command is known by the step at which it came in force."""
@@ -91,9 +91,9 @@ class Ceilings(ControlAction):
         """The command whose ceilings are held, and the number of the first update after which they held."""
         self._moved: str | None = None
         """The reason why a ceiling did not hold until the next update; None before that check."""
-        self._held: dict[int, list[_Weight]] = {}
+        self._held: dict[int, list[HeldWeight]] = {}
         """The weights under ceilings of each layer."""
-        self._parts: weakref.WeakKeyDictionary[Optimizer, list[_Weight]] = weakref.WeakKeyDictionary()
+        self._parts: weakref.WeakKeyDictionary[Optimizer, list[HeldWeight]] = weakref.WeakKeyDictionary()
         """The weights under ceilings that each optimizer updates."""
         self._updating: Optimizer | None = None
 
@@ -237,7 +237,7 @@ class Ceilings(ControlAction):
         self._refusal = refusal or missing or "another rank did not find these writing weights"
         return Completion("refused", f"{_REFUSED}: {self._refusal}", permanent=True)
 
-    def _result(self) -> tuple[str, str, dict[int, list[_Weight]]]:
+    def _result(self) -> tuple[str, str, dict[int, list[HeldWeight]]]:
         """Return a reason against the writing weights, what the search still misses, or what it has found."""
         search, model = self._search, self._model()
         if self._obstacle or search is None or model is None:
@@ -251,7 +251,10 @@ class Ceilings(ControlAction):
         return (
             "",
             "",
-            {layer: [_Weight(names[id(each)], weakref.ref(each)) for each in found] for layer, found in layers.items()},
+            {
+                layer: [HeldWeight(names[id(each)], weakref.ref(each)) for each in found]
+                for layer, found in layers.items()
+            },
         )
 
     # The ceilings.
@@ -302,7 +305,7 @@ _REFUSED = "KSS by projection is refused"
 
 
 @torch.no_grad()
-def hold(weights: Sequence[_Weight]) -> None:
+def hold(weights: Sequence[HeldWeight]) -> None:
     """Scale each weight whose norm exceeds its ceiling to the ceiling. It waits for no device."""
     tensors, ceilings = [], []
     for each in weights:
