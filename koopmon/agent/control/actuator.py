@@ -35,10 +35,8 @@ from koopmon.wire.messages import AckOutcome, Applied, Command, CommandKind
 
 logger = logging.getLogger("koopmon.agent")
 
-EXCHANGE_SECONDS = 0.1
-"""Target interval between two exchanges. A command waits at most this interval and one step."""
-SHORT_STEP_SECONDS = 0.25
-"""Steps shorter than this have no exchange in two consecutive steps.
+EXCHANGE_SECONDS = 0.05
+"""Target interval between two exchanges. A command waits at most this interval and one step.
 
 On a busy machine an exchange costs the ranks a fraction of a millisecond.
 """
@@ -254,8 +252,7 @@ class Actuator:
     def _exchange(self, step: int) -> ControlUpdate:
         state = self._next_state(step)
         seconds = self._stats.step_seconds or EXCHANGE_SECONDS
-        least = 2 if seconds < SHORT_STEP_SECONDS else 1
-        usual = min(max(least, math.ceil(EXCHANGE_SECONDS / seconds)), MAX_EXCHANGE_STEPS)
+        usual = min(math.ceil(EXCHANGE_SECONDS / seconds), MAX_EXCHANGE_STEPS)
         calm = min(CALM_GROWTH * self._schedule.steps_since(step), MAX_CALM_STEPS)
         soon = self._schedule.next_due(step, state) - step + usual  # after the next snapshot
         following = step + max(usual, min(calm, soon))

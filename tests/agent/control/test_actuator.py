@@ -269,8 +269,8 @@ def test_ramps_stay_between_their_ends(first: int, start: float, target: float, 
     assert math.isclose(ramp.linear(step), ramp.linear(step))
 
 
-@pytest.mark.parametrize(("step_seconds", "apart"), [(0.01, 10), (0.05, 2), (0.2, 2), (0.25, 1), (0.5, 1), (1e-5, 100)])
-def test_exchanges_are_a_tenth_of_a_second_apart_and_at_short_steps_two_steps(step_seconds: float, apart: int) -> None:
+@pytest.mark.parametrize(("step_seconds", "apart"), [(0.01, 5), (0.02, 3), (0.04, 2), (0.05, 1), (0.5, 1), (1e-5, 100)])
+def test_exchanges_are_a_twentieth_of_a_second_apart(step_seconds: float, apart: int) -> None:
     launched: list[ControlUpdate] = []
 
     class Group:
@@ -600,8 +600,8 @@ def test_rank_0_plans_the_snapshots_up_to_the_next_exchange() -> None:
     bench.actuator.after_step(1)
     (update,) = group.launched
     assert update is not None
-    assert (update.step, update.next_step) == (1, 11)
-    assert list(update.snapshot_steps()) == [2, 5, 8, 11]
+    assert (update.step, update.next_step) == (1, 6)
+    assert list(update.snapshot_steps()) == [2, 5]
 
 
 def test_exchanges_are_rare_while_no_snapshot_comes_and_soon_after_each_one() -> None:
@@ -655,7 +655,7 @@ def test_before_any_step_is_timed_an_exchange_follows_the_next_step() -> None:
     bench.actuator.after_step(0)
     (update,) = group.launched
     assert update is not None
-    assert update.next_step == 2
+    assert update.next_step == 1
 
 
 def test_while_the_group_is_down_commands_fail_at_once() -> None:
@@ -719,7 +719,7 @@ def test_before_and_after_an_agreement_snapshots_go_by_the_step_alone() -> None:
 def test_the_snapshots_of_an_exchange_end_with_the_next_one() -> None:
     group = Exchange()
     bench = Bench(group=group)
-    bench.stats.tick(0.05)
+    bench.stats.tick(0.03)
     group.due = {1}
     bench.actuator.after_step(1)
     (update,) = group.launched
