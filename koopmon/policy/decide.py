@@ -133,6 +133,7 @@ def _remember(
         calm_since=_no_later(state.calm_since, seen.step, seen.step) if calm else None,
         acted_at=_no_later(state.acted_at, seen.step),
         kss_on_at=_no_later(state.kss_on_at, seen.step),
+        harm_streak=state.harm_streak + 1 if kss_rules.is_harmed(state, seen, config) else 0,
         shown_from=_no_later(state.shown_from, seen.step) or 0,
         scheduled_rate=rate if known else state.scheduled_rate,
         calm_radius=radius,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from koopmon.config import KssConfig
+from koopmon.config import KssConfig, PolicyConfig
 from koopmon.policy import projection
 from koopmon.policy.state import Action, Case, Phase, PolicyState, Proposal
+from koopmon.risk.online_detector import Observation
 from koopmon.wire.messages import MAX_MODULUS, KssSettings
 
 
@@ -67,20 +68,29 @@ def _without_kss(case: Case, why: str, **changes: object) -> Proposal:
     return (action,), replace(case.state, kss=KssSettings(), kss_on_at=None, **changes), ""  # type: ignore[arg-type]
 
 
-def bar_kss(case: Case) -> Proposal | None:
-    """Turn KSS off for good at a loss above `harm_ratio` times its value before. A loss of 0 or less has no such ratio.
+def is_harmed(state: PolicyState, seen: Observation, config: PolicyConfig) -> bool:
+    """Return True if the loss exceeds `harm_ratio` times its value before KSS. One of 0 or less has no such ratio."""
+    before, after = state.loss_at_kss, seen.training.loss
+    if state.kss_on_at is None or before is None or after is None:
+        return False
+    return 0.0 < before * config.harm_ratio < after
 
-    A severe risk in full force ends KSS as published too, whose gradients may be the cause. Ceilings have no such risk.
+
+def bar_kss(case: Case) -> Proposal | None:
+    """Turn KSS off for good where it harms: at once as published, and ceilings at a loss that stays high.
+
+    A severe risk in full force ends KSS as published too, whose gradients may be the cause. Ceilings add no gradients,
+    and at a rate that is too high the loss has spikes without them too.
     """
     state, config = case.state, case.config
     if state.kss_on_at is None or case.seen.step - state.kss_on_at < config.kss_ramp_steps + config.cooldown_steps:
         return None
-    before, after = state.loss_at_kss, case.seen.training.loss
     if case.severe and not state.held_layers:
         return _without_kss(case, f"the risk is {case.risk.value:.2f} in spite of it", kss_barred=True)
-    if before is not None and after is not None and 0.0 < before * config.harm_ratio < after:
-        return _without_kss(case, f"the loss rose from {before:.3g} to {after:.3g} under it", kss_barred=True)
-    return None
+    if state.harm_streak < (config.cooldown_steps if state.held_layers else 1):
+        return None
+    why = f"the loss rose from {state.loss_at_kss:.3g} to {case.seen.training.loss:.3g} under it"
+    return _without_kss(case, why, kss_barred=True)
 
 
 def stop_shaping(case: Case) -> Proposal | None:

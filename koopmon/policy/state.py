@@ -103,6 +103,8 @@ class PolicyState:
     """Value of `num_cuts` when KSS was last turned on. KSS accompanies each back-off once."""
     loss_at_kss: float | None = None
     """Loss at `kss_on_at`."""
+    harm_streak: Count = 0
+    """Number of consecutive snapshots under KSS with a loss above `harm_ratio` times `loss_at_kss`."""
     kss_barred: bool = False
     """True when KSS stays off for the rest of the run."""
     calm_radius: Annotated[float, Meta(ge=0.0)] | None = None

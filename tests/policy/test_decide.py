@@ -1666,6 +1666,20 @@ def test_a_loss_that_rises_under_ceilings_releases_and_bars_them(loss: float, ba
         assert len(run.actions) == 2
 
 
+def test_a_spike_of_the_loss_under_ceilings_does_not_bar_them() -> None:
+    """At a rate that is too high the loss has spikes without ceilings too."""
+    run = projecting()
+    run.see(HIGH, loss=1.0, spectral_radii=WIDE)
+    answered(run, held=(0, 2))
+    run.see(SEVERE, loss=1.0, steps=40, spectral_radii=WIDE)
+    for _ in range(3):
+        run.see(SEVERE, loss=9.0, steps=run.config.cooldown_steps - 1, spectral_radii=WIDE)
+        run.see(SEVERE, loss=1.0, spectral_radii=WIDE)
+    assert not run.state.kss_barred
+    run.see(SEVERE, loss=9.0, steps=run.config.cooldown_steps, spectral_radii=WIDE)
+    assert run.state.kss_barred
+
+
 def test_a_refusal_for_good_bars_ceilings() -> None:
     run = projecting()
     run.see(HIGH, spectral_radii=WIDE)
