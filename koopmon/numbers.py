@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable
 from fractions import Fraction
 
@@ -11,6 +12,8 @@ LARGEST = "max_"
 
 Of all others the mean counts.
 """
+MAX_SINGLE = float.fromhex("0x1.fffffep127")
+"""Largest float32."""
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -28,3 +31,8 @@ def mean(values: Iterable[float | None]) -> float | None:
     except OverflowError:
         # Fractions have no largest value, and the mean lies between the smallest and the largest value.
         return float(sum(map(Fraction, known)) / len(known))
+
+
+def to_single(values: Iterable[float]) -> tuple[float, ...]:
+    """Round to float32, within its range. A history keeps such numbers without a loss in half of the bytes."""
+    return tuple(array("f", [min(max(value, -MAX_SINGLE), MAX_SINGLE) for value in values]))

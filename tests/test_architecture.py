@@ -29,7 +29,7 @@ ROOMS = {
     "wire": "errors files",
     "config": "errors logs wire",  # a value that becomes part of a message has the bounds of the message
     "run_names": "errors wire",
-    "risk": "errors config spectral wire",
+    "risk": "errors numbers config spectral wire",
     "policy": "errors config risk wire",
     "history": "errors files logs config spectral wire",
     "telemetry": "errors numbers config spectral risk wire",

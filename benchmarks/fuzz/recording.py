@@ -31,7 +31,7 @@ from koopmon.config import Config, StoreConfig
 from koopmon.errors import StoreError
 from koopmon.history.plain_profile import FORMAT, QUANTITIES, PlainProfile, pack, unpack
 from koopmon.history.reader import HistoryReader
-from koopmon.history.schema import SQLITE_ERRORS
+from koopmon.history.schema import SCHEMA_VERSION, SQLITE_ERRORS
 from koopmon.history.writer import HistoryWriter
 from koopmon.offline.calibration_examples import calibration_examples
 from koopmon.offline.replay import replay
@@ -43,7 +43,7 @@ COLUMNS = (
     *(("runs", "name"), ("incarnations", "hello"), ("incarnations", "applied"), ("incarnations", "memory")),
     *(("profiles", "profile"), ("profiles", "step"), ("observations", "observation"), ("observations", "components")),
     *(("observations", "loss"), ("observations", "risk"), ("observations", "time"), ("decisions", "phase")),
-    *(("observations", "update_ratios"), ("profiles", "non_finite")),
+    *(("observations", "update_ratios"), ("observations", "spectral_radii"), ("profiles", "non_finite")),
     *(("commands", "command"), ("commands", "outcome"), ("acks", "applied"), ("heartbeats", "loss")),
 )
 PACKED = b"\xff"
@@ -54,17 +54,18 @@ _folder = Path(tempfile.mkdtemp(prefix="koopmon-fuzz-", dir="/dev/shm" if Path("
 
 def _templates() -> list[bytes]:
     """Return a small store of each schema; the code of today adds a snapshot to that of today."""
-    found = [gzip.decompress((KEPT / f"schema-{version}.sqlite3.gz").read_bytes()) for version in (1, 2)]
+    kept = (KEPT / f"schema-{version}.sqlite3.gz" for version in range(1, SCHEMA_VERSION))
+    found = [gzip.decompress(each.read_bytes()) for each in kept]
     path = _folder / "template.sqlite3"
     path.write_bytes(found[-1])
     store = HistoryWriter.open(path)
-    told = {"informative": True, "update_ratios": (0.5, 0.25, 0.125), "num_layers": 3}
+    layers = {"update_ratios": (0.5, 0.25, 0.125), "spectral_radii": (1.5, 1.25, 1.0), "num_layers": 3}
     place = (1e9, "job", "aaaaaaaa")
     columns: Any = {"num_shards": 1, "masked": 0, "seconds": 0.1}
     store.record_profile(*place, 3, profile=PROFILE, observables={"a": (0.5, None)}, **columns)
     training = TrainingStep(step=3, loss=2.0, learning_rate=0.1)
     risk: Any = {"non_finite": False, "risk": 0.5, "reason": "", "components": {"prior": 0.0, "growth": 1.0}}
-    store.record_observation(*place, training, observation=told, **risk)
+    store.record_observation(*place, training, observation={"informative": True, **layers}, **risk)
     store.close()
     return [*found, path.read_bytes()]
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sqlite3
 import zlib
-from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -20,8 +18,8 @@ from msgspec import Meta
 from koopmon.errors import StoreError, one_line
 from koopmon.history.database import is_held
 from koopmon.history.plain_profile import PlainProfile, unpack
-from koopmon.history.schema import PACKED, SQLITE_ERRORS, check, from_scalar
-from koopmon.wire.messages import MAX_LAYERS, MEASURED, Applied, AtStep, Command, Hello, TrainingStep
+from koopmon.history.schema import PACKED, SQLITE_ERRORS, check, from_scalar, unpacked_layers
+from koopmon.wire.messages import MEASURED, Applied, AtStep, Command, Hello, TrainingStep
 
 Time = Annotated[float, Meta(ge=0.0, le=2.5e11)]
 """Unix seconds. The last years of datetime are beyond the bound."""
@@ -403,10 +401,7 @@ def _observation(row: Mapping[str, Any]) -> dict[str, Any]:
     known = msgspec.json.decode(row["observation"], type=dict[str, Any])
     for name in PACKED:
         if (packed := row.get(name)) is not None:
-            values = array("d", packed)
-            if len(values) > MAX_LAYERS or not all(map(math.isfinite, values)):
-                raise ValueError(f"{name}: allowed are finite numbers, one for each layer")
-            known[name] = values.tolist()
+            known[name] = unpacked_layers(name, packed)
     return known
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import sqlite3
+from array import array
+from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import msgspec
 
 from koopmon.errors import StoreError
-from koopmon.wire.messages import TrainingStep
+from koopmon.wire.messages import MAX_LAYERS, TrainingStep
 
 logger = logging.getLogger(__name__)
 
@@ -21,13 +23,15 @@ SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 
 Its messages quote the file, and Python raises UnicodeDecodeError if the quoted bytes are not text.
 """
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 APPLICATION_ID = 0x6B6F6F70
 """The file's application ID: "koop" in ASCII."""
 PAGE_BYTES = 8192
 """Page size of a new file: a page holds three profiles of 48 layers, and the smaller SQLite default only one."""
 PACKED = ("update_ratios", "spectral_radii")
-"""Columns of an observation with one double for each layer."""
+"""Columns of an observation with one float32 for each layer."""
+SINGLE = b"f"
+"""First byte of such a column, before the numbers. Earlier versions wrote doubles without a first byte."""
 MAX_LOG_BYTES = 64 << 20
 """Size in bytes to which SQLite truncates the write-ahead log after a checkpoint."""
 
@@ -138,6 +142,8 @@ CREATE INDEX commands_by_decision ON commands (decision_id);
 """,
     # Profiles in the packed form of plain_profile.py stand beside those in JSON.
     2: "ALTER TABLE observations ADD COLUMN update_ratios BLOB;",
+    # Columns of float32 stand beside those of doubles.
+    3: "",
 }
 """SQL that migrates a store from each version to the next; each step is one transaction."""
 
@@ -212,3 +218,17 @@ def scalar(value: float | None) -> float | str | None:
 def from_scalar(value: float | str | None) -> float | None:
     """Decode a float from its column."""
     return None if value is None else float(value)
+
+
+def packed_layers(values: Sequence[float]) -> bytes | None:
+    """Encode one number for each layer, which float32 has (`koopmon.numbers.to_single`); None without any."""
+    return SINGLE + array("f", values).tobytes() if values else None
+
+
+def unpacked_layers(name: str, packed: bytes) -> list[float]:
+    """Decode the numbers of `packed_layers`, and the doubles of earlier versions. Raises ValueError, TypeError."""
+    # The size of doubles is a multiple of 8; with the first byte the size is odd.
+    values = array("f", packed[1:]) if packed[:1] == SINGLE and len(packed) % 2 else array("d", packed)
+    if len(values) > MAX_LAYERS or not all(map(math.isfinite, values)):
+        raise ValueError(f"{name}: allowed are finite numbers, one for each layer")
+    return values.tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ import msgspec
 from koopmon.history.journal import Journal, records
 from koopmon.history.launches import Launches
 from koopmon.history.plain_profile import Observables, PlainProfile, pack
-from koopmon.history.schema import PACKED, scalar, to_json
+from koopmon.history.schema import PACKED, packed_layers, scalar, to_json
 from koopmon.wire.messages import Ack, Applied, Command, Heartbeat, Hello, TrainingStep
 
 
@@ -81,7 +80,7 @@ class HistoryWriter(Journal):
         known = msgspec.to_builtins(observation)
         for repeated in ("training", "non_finite"):
             known.pop(repeated, None)
-        packed = {name: array("d", known.pop(name, ())).tobytes() or None for name in PACKED}
+        packed = {name: packed_layers(known.pop(name, ())) for name in PACKED}
         known = {name: value for name, value in known.items() if value not in (None, "")}  # absent is unknown
         texts = {"observation": to_json(known), "components": to_json(components), **packed}
         self._insert("observations", at, run, incarnation, **msgspec.structs.asdict(training), **texts, **columns)

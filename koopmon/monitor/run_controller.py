@@ -251,8 +251,8 @@ class RunController:
 
     def _update_policy(self, command: Command, ack: Ack) -> None:
         # The values in force do not describe a command that changes no training value.
-        if command.kind in ("set_kss", "set_ceilings") and ack.outcome == "refused" and ack.shielded:
-            self.policy_state = policy.kss_shielded(self.policy_state, ack)
+        if command.kind in ("set_kss", "set_ceilings") and ack.outcome == "refused" and ack.permanent:
+            self.policy_state = policy.kss_refused(self.policy_state, ack)
         elif command.kind == "set_ceilings":
             self.policy_state = policy.ceilings_answered(self.policy_state, ack)
         elif command.kind == "rewind":

@@ -1,6 +1,6 @@
 """Policy: what to do about a risk, as pure functions of observations and risk."""
 
-from koopmon.policy.answers import acknowledge, ceilings_answered, kss_shielded, rewound, stop_answered
+from koopmon.policy.answers import acknowledge, ceilings_answered, kss_refused, rewound, stop_answered
 from koopmon.policy.decide import HOUR_SECONDS, decide
 from koopmon.policy.state import Action, Decision, PolicyState
 
@@ -12,7 +12,7 @@ __all__ = [
     "acknowledge",
     "ceilings_answered",
     "decide",
-    "kss_shielded",
+    "kss_refused",
     "rewound",
     "stop_answered",
 ]

@@ -57,8 +57,8 @@ def stop_answered(state: PolicyState, ack: Ack) -> PolicyState:
     return replace(state, stopping=False, ruined_streak=0, ruined_since=None)
 
 
-def kss_shielded(state: PolicyState, ack: Ack) -> PolicyState:
-    """Bar KSS after the agent reported that it can never be in force in this launch, as where the model is shielded.
+def kss_refused(state: PolicyState, ack: Ack) -> PolicyState:
+    """Bar KSS after a permanent refusal: it can never be in force in this launch, as where the model is shielded.
 
     The command changed nothing, so it leaves the hourly budget. A later one would have the same result.
     """

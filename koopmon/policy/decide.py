@@ -112,8 +112,7 @@ def _remember(
     calm = seen.informative and risk.value < config.release_risk
     radius = state.calm_radius
     if calm and seen.max_spectral_radius is not None:
-        # A running mean with the weight 0.1 for the newest radius, chosen by hand.
-        radius = seen.max_spectral_radius if radius is None else 0.9 * radius + 0.1 * seen.max_spectral_radius
+        radius = projection.calm_mean(radius, seen.max_spectral_radius)
         if config.name in USES_KSS and kss.method == "projection" and not state.held_layers:
             state = replace(state, calm_radii=projection.calm_radii(state.calm_radii, seen.spectral_radii))
     loss = seen.training.loss

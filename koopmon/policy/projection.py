@@ -13,8 +13,13 @@ from koopmon.wire.messages import MAX_HELD_LAYERS
 
 MIN_FACTOR, MAX_FACTOR = 0.5, 1.5
 """Bounds of a factor in one command. Above 1, a ceiling rises again. Those of the proving ground (docs/evidence.md)."""
-WEIGHT = 0.1
-"""Weight of the newest snapshot in the mean of the calm radii, as in that of the largest one. Chosen by hand."""
+CALM_WEIGHT = 0.1
+"""Weight of the newest calm snapshot in the means of radii. Chosen by hand."""
+
+
+def calm_mean(before: float | None, radius: float) -> float:
+    """Return the mean of a radius while calm, with that of one more calm snapshot; `before` is None at the first."""
+    return radius if before is None else (1.0 - CALM_WEIGHT) * before + CALM_WEIGHT * radius
 
 
 def calm_radii(before: Sequence[float], radii: Sequence[float]) -> tuple[float, ...]:
@@ -24,7 +29,7 @@ def calm_radii(before: Sequence[float], radii: Sequence[float]) -> tuple[float, 
     """
     if len(before) != len(radii):
         return tuple(radii)
-    return tuple((1.0 - WEIGHT) * old + WEIGHT * new for old, new in zip(before, radii, strict=True))
+    return tuple(map(calm_mean, before, radii))
 
 
 def largest_radius(layer: int, calm: Sequence[float], least: float) -> float:

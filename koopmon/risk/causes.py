@@ -80,10 +80,13 @@ def overwritten(seen: Observation, level: float) -> str:
 
 
 def _takeover(seen: Observation, _: UpdateHistory) -> str:
-    largest, following = seen.max_spectral_radius, seen.next_spectral_radius
-    if largest is None or following is None or not largest >= max(TAKEOVER_RADIUS, TAKEOVER_RATIO * following):
+    radii = seen.spectral_radii
+    if len(radii) < 2:
         return ""
-    return f"block {seen.max_radius_layer} takes over the stream: radius {largest:,.0f}"
+    following, largest = sorted(radii)[-2:]
+    if not largest >= max(TAKEOVER_RADIUS, TAKEOVER_RATIO * following):
+        return ""
+    return f"block {radii.index(largest)} takes over the stream: radius {largest:,.0f}"
 
 
 def _update(seen: Observation, before: UpdateHistory) -> str:

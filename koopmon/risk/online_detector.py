@@ -49,6 +49,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 from msgspec import Meta
 
 from koopmon.config import RiskConfig
+from koopmon.numbers import to_single
 from koopmon.risk import causes
 from koopmon.risk.logit_growth import LogitGrowth
 from koopmon.risk.loss_zscore import MIN_LOSSES, LossZScore
@@ -91,13 +92,14 @@ class Observation(AtStep):
     non_finite: bool = False
     """True when the states hold NaN or infinity: the run has diverged."""
     update_ratios: tuple[float, ...] = ()
-    """Update ratio of each layer, by depth."""
+    """Update ratio of each layer, by depth. It and the radii are float32, so that a history keeps every digit."""
     spectral_radii: tuple[float, ...] = ()
     """Spectral radius of each layer, by depth."""
     near_unit_mass: float | None = None
     expansive_mass: float | None = None
     spectral_radius: float | None = None
     max_spectral_radius: float | None = None
+    """Largest of `spectral_radii`. Histories of koopmon 0.2 have it without them."""
     update_ratio: float | None = None
     nonlinearity_ratio: float | None = None
     reliable_mode_ratio: float | None = None
@@ -110,10 +112,6 @@ class Observation(AtStep):
     """Update exponent of the model at the start of the run; None where it is unknown."""
     rewinds: bool = False
     """True when the agents can go back to a copy of the weights."""
-    max_radius_layer: int | None = None
-    """Layer of `max_spectral_radius`."""
-    next_spectral_radius: float | None = None
-    """Largest spectral radius of the other layers."""
     max_attention_logit: float | None = None
     """Largest value of the observable of this name over the layers."""
     max_attention_layer: int | None = None
@@ -213,23 +211,20 @@ def observe(
     if profile is None or non_finite:
         reason = "the states are not finite" if non_finite else "no profile"
         return replace(known, reason=reason, non_finite=non_finite)
-    ratios = tuple(layer.update_ratio for layer in profile.layers)
+    ratios = to_single(layer.update_ratio for layer in profile.layers)
     if not profile.informative:
         return replace(known, reason=profile.reason, update_ratios=ratios)
-    radii = [layer.spectral_radius for layer in profile.layers]
-    widest = radii.index(max(radii))
+    radii = to_single(layer.spectral_radius for layer in profile.layers)
     return replace(
         known,
         informative=True,
         num_tokens=profile.num_samples,
-        max_radius_layer=widest,
-        next_spectral_radius=max(radii[:widest] + radii[widest + 1 :], default=None),
         update_ratios=ratios,
-        spectral_radii=tuple(radii),
+        spectral_radii=radii,
         near_unit_mass=profile.mean("near_unit_mass"),
         expansive_mass=profile.mean("expansive_mass"),
         spectral_radius=profile.mean("spectral_radius"),
-        max_spectral_radius=profile.max("spectral_radius"),
+        max_spectral_radius=max(radii),
         update_ratio=profile.mean("update_ratio"),
         nonlinearity_ratio=profile.mean("nonlinearity_ratio"),
         reliable_mode_ratio=profile.mean("reliable_mode_ratio"),

@@ -322,7 +322,7 @@ class Ack(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="a
     outcome: AckOutcome
     step: Step
     detail: ShortText = ""
-    shielded: bool = False
+    permanent: bool = False
     """True when the action was refused for the whole incarnation, as KSS that would reach modules which the model's
     family shields."""
     applied: Applied

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,11 +16,8 @@ from torch.optim.lr_scheduler import ExponentialLR
 import koopmon
 from koopmon.agent.control import rewind as rewind_module
 from koopmon.agent.control.actuator import CommandResult
-from koopmon.agent.runtime import AgentRuntime
-from koopmon.config import from_mapping
-from koopmon.conformance.training import Notebook
-from koopmon.plugins import select
-from koopmon.wire.messages import Applied, Command, Rewind
+from koopmon.wire.messages import Applied, Rewind
+from tests.agent.bench import attached, outcomes, submit
 from tests.agent.models import Model, batch, build, loss_of
 from tests.agent.scripted_monitor import ScriptedMonitor
 
@@ -75,27 +71,17 @@ class Training:
 class Guarded(Training):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.runtime = AgentRuntime(
-            self.model,
-            self.optimizers,
-            select(self.model),
-            from_mapping({"cadence": {"dense_every": 1}}),
-            "ipc://bench",
-            "job",
-            io_thread=Notebook,
-        )
+        self.runtime = attached(self.model, self.optimizers, cadence={"dense_every": 1})
 
     def command(self, kind: Any, **fields: Any) -> CommandResult:
         """Submit a command and train until its outcome; two steps at most."""
-        notebook: Any = self.runtime.io_thread
-        name = {"run": "job", "incarnation": "c0f0c0f0", "id": secrets.token_hex(8), "reason": "a test"}
-        self.runtime.lifecycle.submit(Command(**name, kind=kind, expires_step=1 << 40, **fields))
+        asked = submit(self.runtime, kind, **fields)
         for _ in range(2):
             self.train(1)
-            if notebook.outcomes and notebook.outcomes[-1].command_id == name["id"]:
+            if (found := outcomes(self.runtime)) and found[-1].command_id == asked:
                 break
-        outcome: CommandResult = notebook.outcomes[-1]
-        assert outcome.command_id == name["id"]
+        outcome = outcomes(self.runtime)[-1]
+        assert outcome.command_id == asked
         return outcome
 
 
@@ -173,12 +159,7 @@ def test_every_parameter_moves_less(kind: dict[str, Any], guarded: Callable[...,
     for each in (plain, ours):
         each.train(3)
     plain.train(1)
-    ours.runtime.lifecycle.submit(
-        Command(
-            run="job", incarnation="c0f0c0f0", id="c0f0c0f0", reason="", kind="set_lr_scale", expires_step=99,
-            lr_scale=0.125,
-        )
-    )  # fmt: skip
+    submit(ours.runtime, "set_lr_scale", lr_scale=0.125)
     before = ours.values()
     ours.train(1)
     for old, own, less in zip(before, plain.values(), ours.values(), strict=True):

@@ -21,6 +21,7 @@ from koopmon.history.plain_profile import PlainProfile
 from koopmon.history.reader import DecisionRow, HistoryReader, LoggedRow
 from koopmon.history.schema import SCHEMA_VERSION
 from koopmon.history.writer import HistoryWriter
+from koopmon.numbers import to_single
 from koopmon.risk.band import BandReading
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.wire.messages import Applied, Heartbeat, TrainingStep
@@ -168,12 +169,13 @@ def test_profiles_survive(store: HistoryWriter, history: HistoryReader) -> None:
     assert again.layers[0].kreiss_constant == pytest.approx(full.layers[0].kreiss_constant, rel=2e-5)
 
 
-def test_observations_keep_every_digit_of_the_update_ratios(store: HistoryWriter, history: HistoryReader) -> None:
-    ratios = (1 / 3, 1e-300, 1e300)
-    observe(store, observation=observation(10, update_ratios=ratios, width=8))
+def test_observations_keep_every_digit_of_the_numbers_of_layers(store: HistoryWriter, history: HistoryReader) -> None:
+    ratios, radii = to_single((1 / 3, 1e-300, 1e300)), to_single((1.1, 1e30, 0.0))
+    observe(store, observation=observation(10, update_ratios=ratios, spectral_radii=radii, width=8))
     store.commit()
     (row,) = history.observations(RUN)
     assert row.observation["update_ratios"] == list(ratios)
+    assert row.observation["spectral_radii"] == list(radii)
     assert row.observation["width"] == 8
 
 

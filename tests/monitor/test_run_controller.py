@@ -138,8 +138,8 @@ def test_a_refused_cut_is_not(outcome: str) -> None:
     assert second.lr_scale == first.lr_scale
 
 
-@pytest.mark.parametrize("shielded", [True, False])
-def test_only_a_shield_keeps_kss_away_for_good(shielded: bool) -> None:
+@pytest.mark.parametrize("permanent", [True, False])
+def test_only_a_permanent_refusal_bars_kss(permanent: bool) -> None:
     """A refusal for another reason, such as the agent's own hourly limit, may not repeat."""
     alarming = PolicyConfig(name="kss", act_risk=1e-9, severe_risk=1.0, release_risk=0.0, cooldown_steps=1)
     controller, asked = make_guard(Config(policy=alarming, kss=PUBLISHED)), []
@@ -148,11 +148,11 @@ def test_only_a_shield_keeps_kss_away_for_good(shielded: bool) -> None:
         for command in assessment.commands:
             outcome = "refused" if command.kind == "set_kss" else "applied"
             asked += [command] * (command.kind == "set_kss")
-            answer = msgspec.structs.replace(ack(command, outcome), shielded=shielded and outcome == "refused")
+            answer = msgspec.structs.replace(ack(command, outcome), permanent=permanent and outcome == "refused")
             controller.acknowledge(answer)
         if len(asked) == 3:
             break
-    assert len(asked) == (1 if shielded else 3)
+    assert len(asked) == (1 if permanent else 3)
 
 
 def test_answers_to_settled_and_unknown_commands() -> None:

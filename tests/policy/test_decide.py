@@ -20,7 +20,7 @@ from koopmon.policy import (
     acknowledge,
     ceilings_answered,
     decide,
-    kss_shielded,
+    kss_refused,
     rewound,
     stop_answered,
 )
@@ -289,10 +289,12 @@ def replace_outcome(ack: Ack, outcome: Any) -> Ack:
     )
 
 
-def shielded_kss(state: PolicyState) -> PolicyState:
+def refused_kss(state: PolicyState) -> PolicyState:
     held = Applied(lr_scale=state.lr_scale)
-    ack = Ack(run="r", incarnation="0" * 8, command_id="0" * 16, outcome="refused", step=1, shielded=True, applied=held)
-    return kss_shielded(state, ack)
+    ack = Ack(
+        run="r", incarnation="0" * 8, command_id="0" * 16, outcome="refused", step=1, permanent=True, applied=held
+    )
+    return kss_refused(state, ack)
 
 
 def test_where_the_model_is_shielded_from_kss_kss_and_back_off_act_as_back_off_alone() -> None:
@@ -303,7 +305,7 @@ def test_where_the_model_is_shielded_from_kss_kss_and_back_off_act_as_back_off_a
         plain.see(risk)
         for action in both.see(risk).commands:
             if action.kind == "set_kss":
-                both.state = shielded_kss(both.state)
+                both.state = refused_kss(both.state)
         assert len(both.state.action_times) == len(plain.state.action_times)
     assert len(both.alphas) == 1, "what is refused once is not asked for again"
     assert both.scales == plain.scales
@@ -313,7 +315,7 @@ def test_where_the_model_is_shielded_from_kss_kss_and_back_off_act_as_back_off_a
 def test_where_the_model_is_shielded_from_kss_the_policy_of_kss_alone_rests() -> None:
     run = Run(PolicyConfig(name="kss"))
     run.see(HIGH)
-    run.state = shielded_kss(run.state)
+    run.state = refused_kss(run.state)
     assert (run.state.phase, run.state.acted_at, run.state.action_times) == ("calm", None, ())
     run.see(SEVERE, steps=50)
     assert run.alphas == [(0, KssConfig().alpha)]
@@ -752,15 +754,17 @@ def test_of_a_refused_command_the_settings_in_force_are_believed() -> None:
     assert acknowledge(before, ack) == before
 
 
-def test_a_shielded_model_keeps_the_back_off_and_drops_kss() -> None:
+def test_a_model_without_kss_keeps_the_back_off_and_drops_kss() -> None:
     before = PolicyState(
         phase="acting", lr_scale=0.5, kss=KssSettings(alpha=0.3), kss_on_at=5, acted_at=9, action_times=(1.0, 2.0)
     )
-    after = shielded_kss(before)
+    after = refused_kss(before)
     assert after == replace(before, kss=KssSettings(), kss_on_at=None, kss_barred=True, action_times=(1.0,))
     held = Applied(lr_scale=0.5, kss=KssSettings(alpha=0.1))
-    ack = Ack(run="r", incarnation="0" * 8, command_id="0" * 16, outcome="refused", step=1, shielded=True, applied=held)
-    kept = kss_shielded(before, ack)
+    ack = Ack(
+        run="r", incarnation="0" * 8, command_id="0" * 16, outcome="refused", step=1, permanent=True, applied=held
+    )
+    kept = kss_refused(before, ack)
     assert (kept.kss, kept.kss_on_at) == (held.kss, 5)
 
 
@@ -1684,9 +1688,9 @@ def test_a_refusal_for_good_bars_ceilings() -> None:
     run = projecting()
     run.see(HIGH, spectral_radii=WIDE)
     ack = Ack(
-        run="job", incarnation="0" * 8, command_id="0" * 8, outcome="refused", step=1, shielded=True, applied=Applied()
+        run="job", incarnation="0" * 8, command_id="0" * 8, outcome="refused", step=1, permanent=True, applied=Applied()
     )
-    run.state = kss_shielded(run.state, ack)
+    run.state = kss_refused(run.state, ack)
     assert (run.state.kss_barred, run.state.held_layers, run.state.kss_on_at) == (True, (), None)
     run.see(HIGH, steps=100, spectral_radii=WIDE)
     assert len(run.actions) == 1

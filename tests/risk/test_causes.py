@@ -33,14 +33,11 @@ def seen(**fields: Any) -> Observation:
         ({"max_attention_logit": 2000.4, "max_attention_layer": 3}, (), "attention logits of layer 3 reached 2,000"),
         ({"max_attention_logit": 999.0, "max_attention_layer": 3}, (), ""),
         ({"max_attention_logit": math.nan, "max_attention_layer": 3}, (), ""),
-        (
-            {"max_spectral_radius": 110.0, "next_spectral_radius": 2.0, "max_radius_layer": 0},
-            (),
-            "block 0 takes over the stream: radius 110",
-        ),
-        ({"max_spectral_radius": 110.0, "next_spectral_radius": 30.0, "max_radius_layer": 0}, (), ""),
-        ({"max_spectral_radius": 49.0, "next_spectral_radius": 1.0, "max_radius_layer": 0}, (), ""),
-        ({"max_spectral_radius": 110.0, "max_radius_layer": 0}, (), ""),  # a stack of one block
+        ({"spectral_radii": (110.0, 2.0)}, (), "block 0 takes over the stream: radius 110"),
+        ({"spectral_radii": (1.0, 21.9, 110.0)}, (), "block 2 takes over the stream: radius 110"),
+        ({"spectral_radii": (110.0, 1.0, 30.0)}, (), ""),
+        ({"spectral_radii": (49.0, 1.0)}, (), ""),
+        ({"spectral_radii": (110.0,)}, (), ""),  # a stack of one block
         ({"update_rms": 40.0}, STEADY, "update RMS 40 times its median"),
         ({"update_rms": 9.9}, STEADY, ""),
         ({"update_rms": 40.0}, STEADY[1:], ""),
@@ -58,7 +55,7 @@ def test_each_signal_has_a_bound_and_words(fields: dict[str, Any], before: tuple
 
 @pytest.mark.parametrize("huge", [1e300, math.inf])
 def test_any_number_has_words(huge: float) -> None:
-    known = {"max_attention_logit": huge, "max_spectral_radius": huge, "next_spectral_radius": 1.0}
+    known = {"max_attention_logit": huge, "spectral_radii": (1.0, huge)}
     assert len(find(seen(**known, update_rms=huge, log_partition=huge), STEADY)) == 4
 
 
@@ -85,8 +82,7 @@ ALARM = {
     "max_attention_logit": 2000.0,
     "max_attention_layer": 3,
     "max_spectral_radius": 110.0,
-    "next_spectral_radius": 2.0,
-    "max_radius_layer": 0,
+    "spectral_radii": (110.0, 2.0),
 }
 WORDS = "attention logits of layer 3 reached 2,000; block 0 takes over the stream: radius 110; "
 
@@ -145,7 +141,7 @@ def test_the_kinds_of_commands_are_those_that_the_table_was_written_for() -> Non
     assert set(get_args(CommandKind)) == known
 
 
-def test_an_observation_names_the_layers_of_the_largest_logit_and_radius() -> None:
+def test_an_observation_has_the_layer_of_the_largest_logit_and_the_radii() -> None:
     radii = (1.0, 7.0, 5.0, 3.0)
     generator = torch.Generator().manual_seed(0)
     measured = profile_states(torch.randn((5, 80, 3), generator=generator), kreiss="never")
@@ -153,6 +149,6 @@ def test_an_observation_names_the_layers_of_the_largest_logit_and_radius() -> No
     profile = SpectralProfile(layers=tuple(layers))
     found = observe(profile, TrainingStep(step=1), attention_logits=(None, 2.0, 9.0, 4.0))
     assert (found.max_attention_layer, found.max_attention_logit) == (2, 9.0)
-    assert (found.max_radius_layer, found.next_spectral_radius) == (1, 5.0)
+    assert (found.spectral_radii, found.max_spectral_radius) == (radii, 7.0)
     alone = observe(SpectralProfile(layers=tuple(layers[:1])), TrainingStep(step=1), attention_logits=(None,))
-    assert (alone.max_attention_layer, alone.max_attention_logit, alone.next_spectral_radius) == (None, None, None)
+    assert (alone.max_attention_layer, alone.max_attention_logit, alone.spectral_radii) == (None, None, (1.0,))

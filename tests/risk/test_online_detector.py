@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koopmon.config import RiskConfig
+from koopmon.numbers import to_single
 from koopmon.risk.logit_growth import GROWTH, LogitGrowth
 from koopmon.risk.loss_zscore import MIN_LOSSES
 from koopmon.risk.online_detector import (
@@ -444,8 +445,9 @@ def test_an_observation_has_the_means_of_the_layers_and_the_largest_radius() -> 
     for name in MEANS:
         values = [getattr(layer, name) for layer in profile.layers]
         assert getattr(found, name) == pytest.approx(statistics.fmean(values)), name
-    assert found.max_spectral_radius == max(layer.spectral_radius for layer in profile.layers)
-    assert found.update_ratios == tuple(layer.update_ratio for layer in profile.layers)
+    assert found.spectral_radii == to_single(layer.spectral_radius for layer in profile.layers)
+    assert found.max_spectral_radius == max(found.spectral_radii)
+    assert found.update_ratios == to_single(layer.update_ratio for layer in profile.layers)
     assert (found.training, found.width, found.num_layers, found.update_exponent) == (TRAINING, 5, 3, 0.3)
     assert (found.informative, found.reason, found.non_finite) == (True, "", False)
 
@@ -477,7 +479,7 @@ def test_an_observation_has_the_number_of_tokens() -> None:
 def test_of_a_profile_that_is_not_informative_the_update_ratios_are_kept() -> None:
     profile = profile_of(informative=False)
     found = observe(profile, TRAINING)
-    ratios = tuple(layer.update_ratio for layer in profile.layers)
+    ratios = to_single(layer.update_ratio for layer in profile.layers)
     assert found == Observation(training=TRAINING, informative=False, reason=profile.reason, update_ratios=ratios)
 
 

@@ -269,7 +269,7 @@ class ControlChannel:
             outcome=outcome.outcome,
             step=outcome.step,
             detail=outcome.detail[:512],
-            shielded=outcome.permanent,
+            permanent=outcome.permanent,
             applied=self._handler.applied(),
         )
         if outcome.outcome == "duplicate":  # the outcome was sent before

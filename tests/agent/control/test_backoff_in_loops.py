@@ -9,7 +9,6 @@ import contextlib
 import copy
 import logging
 import pickle
-import secrets
 import sys
 import threading
 import types
@@ -24,11 +23,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from koopmon.agent.runtime import AgentRuntime
-from koopmon.config import from_mapping
-from koopmon.conformance.training import Notebook
-from koopmon.plugins import select
-from koopmon.wire.messages import Command
+from tests.agent.bench import attached, outcomes, submit
 from tests.agent.models import batch, build, loss_of
 
 SCALE = 0.125
@@ -47,15 +42,7 @@ class Loop:
         made = make(self)
         optimizers, self.update = made if isinstance(made, tuple) else (made, None)
         self.optimizers: list[Optimizer] = optimizers if isinstance(optimizers, list) else [optimizers]
-        self.runtime = AgentRuntime(
-            self.model,
-            self.optimizers,
-            select(self.model),
-            from_mapping({"cadence": {"dense_every": 1}}),
-            "ipc://bench",
-            "job",
-            io_thread=Notebook,
-        )
+        self.runtime = attached(self.model, self.optimizers, cadence={"dense_every": 1})
 
     @property
     def weights(self) -> list[nn.Parameter]:
@@ -87,10 +74,7 @@ class Loop:
             self.step += 1
 
     def command(self, lr_scale: float) -> str:
-        name = {"run": "job", "incarnation": "c0f0c0f0", "id": secrets.token_hex(8), "reason": "a test"}
-        fields: Any = {"kind": "set_lr_scale", "expires_step": 1 << 40, "lr_scale": lr_scale}
-        self.runtime.lifecycle.submit(Command(**name, **fields))
-        return name["id"]
+        return submit(self.runtime, "set_lr_scale", lr_scale=lr_scale)
 
 
 @pytest.fixture
@@ -107,8 +91,7 @@ def tried() -> Iterator[Callable[[Callable[[Loop], Any]], tuple[str, list[float]
         ours.train(LAST)
         ours.command(1.0)
         ours.train(END)
-        notebook: Any = ours.runtime.io_thread
-        outcome = next(each for each in notebook.outcomes if each.command_id == lowered)
+        outcome = next(each for each in outcomes(ours.runtime) if each.command_id == lowered)
         assert (outcome.outcome, bool(outcome.detail)) in (("applied", False), ("refused", True))
         assert plain.moved[:FIRST] == ours.moved[:FIRST], "not a bit changes before the command"
         assert ours.seen == pytest.approx(plain.seen, rel=1e-6), "user code never reads a scaled rate"

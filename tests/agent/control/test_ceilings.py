@@ -6,7 +6,6 @@ import copy
 import gc
 import json
 import math
-import secrets
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,32 +19,24 @@ from torch.optim import SGD, AdamW
 
 from koopmon.agent.control import ceilings as ceilings_module
 from koopmon.agent.control.action import RequestRefusedError
-from koopmon.agent.control.actuator import CommandResult, _towards
+from koopmon.agent.control.actuator import _towards
 from koopmon.agent.control.ceilings import MAX_SEARCH_STEPS, Ceilings, _equal_on_all
 from koopmon.agent.control.rank_group import MESSAGE_BYTES
 from koopmon.agent.control.rate_shares import PREFIX as SHARE
 from koopmon.agent.control.state import ActionState, ControlState, ControlUpdate, Ramp
 from koopmon.agent.parallelism import ParallelLayout
-from koopmon.agent.runtime import AgentRuntime
-from koopmon.config import LimitsConfig, from_mapping
-from koopmon.conformance.training import Notebook
-from koopmon.plugins import select
+from koopmon.config import LimitsConfig
 from koopmon.wire.messages import MAX_HELD_LAYERS, MAX_LAYERS, Applied, Command, Heartbeat, Hello, Rewind
+from tests.agent.bench import Bench, benches
 from tests.agent.models import build, checkpointed, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 
 
-class Bench:
-    """A training in this process with an agent on it, whose outcomes are kept here."""
+class Projected(Bench):
+    """A training whose agent holds ceilings."""
 
-    def __init__(self, model: nn.Module | None = None, optimizer: Any = None, **limits: Any) -> None:
-        self.model: Any = build() if model is None else model
-        self.optimizer = AdamW(self.model.parameters(), lr=0.01) if optimizer is None else optimizer(self.model)
-        config = from_mapping({"limits": limits})
-        self.runtime = AgentRuntime(
-            self.model, self.optimizer, select(self.model), config, "ipc://bench", "job", io_thread=Notebook
-        )
-        self.step = 0
+    def __init__(self, *args: Any, **limits: Any) -> None:
+        super().__init__(*args, **limits)
         self.norms: list[float] = []
         """Norm of the writing weight of block 0 after each step."""
 
@@ -57,28 +48,19 @@ class Bench:
     def held(self) -> list[int]:
         return list(self.action.facts()["held_layers"])
 
-    @property
-    def outcomes(self) -> list[CommandResult]:
-        notebook: Any = self.runtime.io_thread
-        return list(notebook.outcomes)
-
     def train(self, steps: int) -> list[float]:
         losses = []
         for _ in range(steps):
-            losses.append(train_step(self.model, self.optimizer, self.step))
-            self.step += 1
+            losses += super().train(1)
             self.norms.append(float(self.model.blocks[0].down.weight.detach().norm()))
         return losses
 
-    def submit(self, ceilings: dict[int, float] | None, **fields: Any) -> str:
-        name = {"run": "job", "incarnation": "c0f0c0f0", "id": secrets.token_hex(8), "reason": "a test"}
-        values = {"kind": "set_ceilings", "ceilings": ceilings, "expires_step": 1 << 40, **name, **fields}
-        self.runtime.lifecycle.submit(Command(**values))
-        return str(values["id"])
+    def set_ceilings(self, ceilings: dict[int, float], **fields: Any) -> str:
+        return self.submit("set_ceilings", ceilings=ceilings, **fields)
 
     def ask(self, ceilings: dict[int, float], *, steps: int = 4) -> tuple[str, str]:
         """Submit a command and train until it is answered."""
-        asked = self.submit(ceilings)
+        asked = self.set_ceilings(ceilings)
         self.train(steps)
         (result,) = [each for each in self.outcomes if each.command_id == asked]
         assert self.runtime.breaker.num_errors == self.runtime.steps.lasting_breaker.num_errors == 0
@@ -86,19 +68,12 @@ class Bench:
 
 
 @pytest.fixture
-def bench() -> Iterator[Callable[..., Bench]]:
-    made = []
-
-    def make(*args: Any, **limits: Any) -> Bench:
-        made.append(Bench(*args, **limits))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.runtime.close("")
+def bench() -> Iterator[Callable[..., Projected]]:
+    with benches(Projected) as make:
+        yield make
 
 
-def test_a_command_holds_the_norms_until_the_release(bench: Callable[..., Bench]) -> None:
+def test_a_command_holds_the_norms_until_the_release(bench: Callable[..., Projected]) -> None:
     training = bench()
     training.train(3)
     assert training.ask({0: 0.5}, steps=5) == ("applied", "")
@@ -117,10 +92,10 @@ def test_a_command_holds_the_norms_until_the_release(bench: Callable[..., Bench]
     assert training.norms[-1] > ceiling * 1.01
 
 
-def test_it_is_acknowledged_only_after_two_updates_with_the_ceilings(bench: Callable[..., Bench]) -> None:
+def test_it_is_acknowledged_only_after_two_updates_with_the_ceilings(bench: Callable[..., Projected]) -> None:
     training = bench()
     training.train(3)
-    training.submit({0: 0.5, 2: 0.9})
+    training.set_ceilings({0: 0.5, 2: 0.9})
     while not training.outcomes:
         training.train(1)
         assert training.step < 20
@@ -132,7 +107,7 @@ def test_it_is_acknowledged_only_after_two_updates_with_the_ceilings(bench: Call
 
 
 def test_a_correction_sets_them_from_the_norms_of_its_moment_and_releases_the_layers_that_it_leaves_out(
-    bench: Callable[..., Bench],
+    bench: Callable[..., Projected],
 ) -> None:
     training = bench()
     training.train(3)
@@ -146,7 +121,7 @@ def test_a_correction_sets_them_from_the_norms_of_its_moment_and_releases_the_la
     assert training.norms[-1] > before
 
 
-def test_nothing_runs_without_a_command(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_runs_without_a_command(bench: Callable[..., Projected], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("called without a command")
 
@@ -160,25 +135,25 @@ def test_nothing_runs_without_a_command(bench: Callable[..., Bench], monkeypatch
     assert training.runtime.breaker.num_errors == 0
 
 
-def test_the_search_changes_no_value(bench: Callable[..., Bench]) -> None:
+def test_the_search_changes_no_value(bench: Callable[..., Projected]) -> None:
     """A factor of 2 is above every norm: the losses are those of a training alone."""
     training, twin = bench(), build()
     optimizer = AdamW(twin.parameters(), lr=0.001)
     for group in training.optimizer.param_groups:
         group["lr"] = 0.001
     losses = training.train(3)
-    training.submit({0: 2.0, 1: 2.0, 2: 2.0})
+    training.set_ceilings({0: 2.0, 1: 2.0, 2: 2.0})
     losses += training.train(20)
     assert training.held == [0, 1, 2]
     assert losses == [train_step(twin, optimizer, step) for step in range(23)]
 
 
-def test_a_layer_whose_weights_are_zero_has_no_ceiling(bench: Callable[..., Bench]) -> None:
+def test_a_layer_whose_weights_are_zero_has_no_ceiling(bench: Callable[..., Projected]) -> None:
     model = build()
     with torch.no_grad():
         for parameter in model.blocks[1].down.parameters():
             parameter.zero_()
-    training = bench(model, lambda model: SGD(model.parameters(), lr=0.0))
+    training = bench(model, lambda parameters: SGD(parameters, lr=0.0))
     training.train(3)
     outcome, detail = training.ask({1: 0.5}, steps=6)
     assert (outcome, detail) == ("failed", "the writing weights are 0 or not finite")
@@ -226,30 +201,30 @@ class BatchNormed(nn.Module):
         return out
 
 
-def test_post_layer_norm_is_refused_for_good(bench: Callable[..., Bench]) -> None:
+def test_post_layer_norm_is_refused_for_good(bench: Callable[..., Projected]) -> None:
     training = bench(Stream(PostNorm))
     training.train(3)
-    asked = training.submit({0: 0.5})
+    asked = training.set_ceilings({0: 0.5})
     training.train(4)
     (result,) = training.outcomes
     assert (result.command_id, result.outcome, result.permanent) == (asked, "refused", True)
     assert result.detail == (
         "KSS by projection is refused: block 0: a normalisation lies between its linear layers and its output"
     )
-    again = training.submit({0: 0.5})
+    again = training.set_ceilings({0: 0.5})
     training.train(1)
     last = training.outcomes[-1]
     assert (last.command_id, last.outcome, last.permanent, last.detail) == (again, "refused", True, result.detail)
     assert training.held == []
 
 
-def test_buffers_and_random_numbers_of_the_training_are_left_alone(bench: Callable[..., Bench]) -> None:
+def test_buffers_and_random_numbers_of_the_training_are_left_alone(bench: Callable[..., Projected]) -> None:
     training, twin = bench(Stream(BatchNormed)), Stream(BatchNormed)
     twin.load_state_dict(copy.deepcopy(training.model.state_dict()))
     optimizer = AdamW(twin.parameters(), lr=0.01)
     torch.manual_seed(5)
     losses = training.train(3)
-    training.submit({0: 2.0})
+    training.set_ceilings({0: 2.0})
     losses += training.train(4)
     torch.manual_seed(5)
     assert losses == [train_step(twin, optimizer, step) for step in range(7)]
@@ -257,13 +232,13 @@ def test_buffers_and_random_numbers_of_the_training_are_left_alone(bench: Callab
         assert torch.equal(value, training.model.state_dict()[name]), name
 
 
-def test_checkpointed_blocks_are_found(bench: Callable[..., Bench]) -> None:
+def test_checkpointed_blocks_are_found(bench: Callable[..., Projected]) -> None:
     training = bench(build(run=checkpointed))
     training.train(3)
     assert training.ask({0: 0.5}, steps=6) == ("applied", "")
 
 
-def test_an_optimizer_with_copies_of_the_weights_is_refused(bench: Callable[..., Bench]) -> None:
+def test_an_optimizer_with_copies_of_the_weights_is_refused(bench: Callable[..., Projected]) -> None:
     class WithMaster(SGD):
         def step(self, closure: Any = None) -> None:
             for group in self.param_groups:
@@ -273,19 +248,19 @@ def test_an_optimizer_with_copies_of_the_weights_is_refused(bench: Callable[...,
                         master -= group["lr"] * each.grad.double()
                         each.data.copy_(master)
 
-    training = bench(None, lambda model: WithMaster(model.parameters(), lr=0.01))
+    training = bench(None, lambda parameters: WithMaster(parameters, lr=0.01))
     training.train(3)
     outcome, detail = training.ask({0: 0.5}, steps=5)
     assert outcome == "refused"
     assert "the optimizer keeps a copy of blocks.0.down" in detail
 
 
-def test_a_weight_that_comes_back_is_seen_before_the_acknowledgement(bench: Callable[..., Bench]) -> None:
+def test_a_weight_that_comes_back_is_seen_before_the_acknowledgement(bench: Callable[..., Projected]) -> None:
     training = bench()
     training.train(3)
     weight = training.model.blocks[0].down.weight
     kept = weight.detach().clone()
-    training.submit({0: 0.5})
+    training.set_ceilings({0: 0.5})
     for _ in range(8):
         with torch.no_grad():
             weight.copy_(kept)
@@ -299,7 +274,7 @@ def test_a_weight_that_comes_back_is_seen_before_the_acknowledgement(bench: Call
     assert training.norms[-1] > 0.9 * kept_norm
 
 
-def test_a_weight_that_no_forward_uses_ends_the_search(bench: Callable[..., Bench]) -> None:
+def test_a_weight_that_no_forward_uses_ends_the_search(bench: Callable[..., Projected]) -> None:
     class Expert(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -316,7 +291,7 @@ def test_a_weight_that_no_forward_uses_ends_the_search(bench: Callable[..., Benc
     assert (outcome, detail) == ("refused", "KSS by projection is refused: block 0 has not used experts.1.weight")
 
 
-def test_layers_that_the_model_does_not_have_are_refused(bench: Callable[..., Bench]) -> None:
+def test_layers_that_the_model_does_not_have_are_refused(bench: Callable[..., Projected]) -> None:
     training = bench()
     training.train(3)
     reason = "no ceilings: layer 7 is none of the 3 layers"
@@ -326,28 +301,28 @@ def test_layers_that_the_model_does_not_have_are_refused(bench: Callable[..., Be
     assert training.ask({2: 0.5}, steps=4) == ("applied", "")
 
 
-def test_a_repeated_command_is_no_second_one(bench: Callable[..., Bench]) -> None:
+def test_a_repeated_command_is_no_second_one(bench: Callable[..., Projected]) -> None:
     training = bench()
     training.train(3)
-    asked = training.submit({0: 0.5})
-    training.submit({0: 0.5}, id=asked)
+    asked = training.set_ceilings({0: 0.5})
+    training.set_ceilings({0: 0.5}, id=asked)
     training.train(1)
-    training.submit({0: 0.5}, id=asked)
+    training.set_ceilings({0: 0.5}, id=asked)
     training.train(5)
     assert [each.outcome for each in training.outcomes] == ["applied"]
-    training.submit({0: 0.5}, id=asked)
+    training.set_ceilings({0: 0.5}, id=asked)
     training.train(1)
     assert [each.outcome for each in training.outcomes] == ["applied", "duplicate"]
 
 
-def test_a_command_during_the_search_waits_and_a_release_does_not(bench: Callable[..., Bench]) -> None:
+def test_a_command_during_the_search_waits_and_a_release_does_not(bench: Callable[..., Projected]) -> None:
     training = bench()
     training.train(3)
-    first = training.submit({0: 0.5})
+    first = training.set_ceilings({0: 0.5})
     training.train(1)
-    second = training.submit({1: 0.5})
+    second = training.set_ceilings({1: 0.5})
     training.train(1)
-    third = training.submit({})
+    third = training.set_ceilings({})
     training.train(4)
     outcomes = {each.command_id: (each.outcome, each.detail) for each in training.outcomes}
     assert outcomes == {
@@ -358,11 +333,11 @@ def test_a_command_during_the_search_waits_and_a_release_does_not(bench: Callabl
     assert training.held == []
 
 
-def test_a_rewind_releases_them(bench: Callable[..., Bench]) -> None:
+def test_a_rewind_releases_them(bench: Callable[..., Projected]) -> None:
     training = bench()
     training.train(20)
     training.ask({0: 0.5}, steps=5)
-    training.submit(None, kind="rewind", rewind=Rewind(max_rate=1.0, min_age_steps=0))
+    training.submit("rewind", rewind=Rewind(max_rate=1.0, min_age_steps=0))
     training.train(1)
     assert training.outcomes[-1].outcome == "applied"
     training.train(1)
@@ -370,7 +345,7 @@ def test_a_rewind_releases_them(bench: Callable[..., Bench]) -> None:
     assert training.ask({0: 0.5}) == ("applied", "")
 
 
-def test_only_the_first_ceilings_use_the_hourly_allowance_and_have_a_line(bench: Callable[..., Bench]) -> None:
+def test_only_the_first_ceilings_use_the_hourly_allowance_and_have_a_line(bench: Callable[..., Projected]) -> None:
     training = bench(max_actions_per_hour=1)
     training.train(3)
     assert training.ask({0: 0.5}, steps=6)[0] == "applied"
@@ -380,10 +355,10 @@ def test_only_the_first_ceilings_use_the_hourly_allowance_and_have_a_line(bench:
     assert training.ask({0: 0.5}) == ("refused", "1 actions in the last hour, the most allowed")
 
 
-def test_small_factors_are_capped(bench: Callable[..., Bench]) -> None:
+def test_small_factors_are_capped(bench: Callable[..., Projected]) -> None:
     training = bench(min_ceiling_factor=0.5)
     training.train(3)
-    training.submit({0: 0.1, 1: 0.7})
+    training.set_ceilings({0: 0.1, 1: 0.7})
     training.train(6)
     assert training.outcomes[0].outcome == "applied"
     first, second = (training.action._held[layer][0].ceiling for layer in (0, 1))
@@ -391,7 +366,7 @@ def test_small_factors_are_capped(bench: Callable[..., Bench]) -> None:
     assert second > first
 
 
-def test_the_action_keeps_no_weight_alive(bench: Callable[..., Bench]) -> None:
+def test_the_action_keeps_no_weight_alive(bench: Callable[..., Projected]) -> None:
     action = Ceilings(LimitsConfig())
     weight = nn.Parameter(torch.ones(4))
     action._held = {0: [ceilings_module._Weight("w", weakref.ref(weight), 1.0)]}

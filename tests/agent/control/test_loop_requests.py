@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,115 +14,95 @@ from koopmon.agent.control.actuator import _towards
 from koopmon.agent.control.loop_requests import CheckpointRequest, LoopRequest, StopRequest
 from koopmon.agent.control.state import ControlState
 from koopmon.agent.handle import Agent
-from koopmon.agent.runtime import AgentRuntime
-from koopmon.config import from_mapping
-from koopmon.conformance.training import Notebook
-from koopmon.plugins import select
 from koopmon.wire.messages import Applied, Command
+from tests.agent.bench import Bench, benches
 from tests.agent.models import build, train_step
 
-NAME: dict[str, Any] = {"run": "job", "incarnation": "c0f0c0f0", "reason": "a test", "expires_step": 1 << 40}
 
-
-class Bench:
-    """A training in this process with an agent on it."""
+class Loop(Bench):
+    """A training whose loop reads the requests."""
 
     def __init__(self, **limits: Any) -> None:
-        self.model = build()
-        self.optimizer = AdamW(self.model.parameters(), lr=0.01)
-        config = from_mapping({"limits": limits})
-        self.runtime = AgentRuntime(
-            self.model, self.optimizer, select(self.model), config, "ipc://bench", "job", io_thread=Notebook
-        )
+        super().__init__(**limits)
         self.agent = Agent(self.runtime)
-        self.notebook: Any = self.runtime.io_thread
-        self._ids = iter(range(1 << 20))
 
-    def step(self, *kinds: Any) -> tuple[bool, bool]:
+    def after(self, *kinds: Any) -> tuple[bool, bool]:
         """Submit commands of these kinds and train one step; return what the loop reads after it."""
         for kind in kinds:
-            self.runtime.lifecycle.submit(Command(**NAME, id=f"{next(self._ids):08x}", kind=kind))
-        train_step(self.model, self.optimizer, 0)
+            self.submit(kind)
+        self.train(1)
         return self.agent.should_stop, self.agent.should_checkpoint
-
-    @property
-    def outcomes(self) -> list[str]:
-        return [each.outcome for each in self.notebook.outcomes]
 
 
 @pytest.fixture
-def bench() -> Iterator[Bench]:
-    made = Bench()
-    yield made
-    made.runtime.close("")
+def loops() -> Iterator[Callable[..., Loop]]:
+    with benches(Loop) as make:
+        yield make
 
 
-def test_a_stop_stays_and_a_checkpoint_is_read_once(bench: Bench) -> None:
-    assert bench.step() == (False, False)
-    assert [bench.step("checkpoint"), bench.step(), bench.step("stop"), bench.step("checkpoint"), bench.step()] == [
+@pytest.fixture
+def loop(loops: Callable[..., Loop]) -> Loop:
+    return loops()
+
+
+def test_a_stop_stays_and_a_checkpoint_is_read_once(loop: Loop) -> None:
+    assert loop.after() == (False, False)
+    assert [loop.after("checkpoint"), loop.after(), loop.after("stop"), loop.after("checkpoint"), loop.after()] == [
         (False, True),
         (False, False),
         (True, False),
         (True, True),
         (True, False),
     ]
-    assert bench.outcomes == ["applied"] * 3
-    assert [each.step for each in bench.notebook.outcomes] == [1, 3, 4]
-    assert bench.agent.status()["errors"] == 0
-    assert [each.detail for each in bench.notebook.outcomes] == [""] * 3
+    assert [each.outcome for each in loop.outcomes] == ["applied"] * 3
+    assert [each.step for each in loop.outcomes] == [1, 3, 4]
+    assert loop.agent.status()["errors"] == 0
+    assert [each.detail for each in loop.outcomes] == [""] * 3
 
 
-def test_a_request_that_no_loop_reads_says_so() -> None:
-    bench = Bench()
-    try:
-        bench.runtime.lifecycle.submit(Command(**NAME, id="c0f0c0f0", kind="stop"))
-        train_step(bench.model, bench.optimizer, 0)
-        (outcome,) = bench.notebook.outcomes
-        assert (outcome.outcome, outcome.detail) == ("applied", "the script has not read agent.should_stop")
-    finally:
-        bench.runtime.close("")
+def test_a_request_that_no_loop_reads_says_so(loop: Loop) -> None:
+    outcome = loop.command("stop")
+    assert (outcome.outcome, outcome.detail) == ("applied", "the script has not read agent.should_stop")
 
 
-def test_they_change_no_update_and_no_value_in_force(bench: Bench) -> None:
+def test_they_change_no_update_and_no_value_in_force(loop: Loop) -> None:
     twin = build()
     optimizer = AdamW(twin.parameters(), lr=0.01)
-    for kinds in ((), ("stop", "checkpoint"), (), ("checkpoint",), ()):
-        bench.step(*kinds)
-        train_step(twin, optimizer, 0)
-    assert all(one.equal(other) for one, other in zip(bench.model.parameters(), twin.parameters(), strict=True))
-    assert bench.runtime.lifecycle.applied() == Applied()
+    for step, kinds in enumerate(((), ("stop", "checkpoint"), (), ("checkpoint",), ())):
+        loop.after(*kinds)
+        train_step(twin, optimizer, step)
+    assert all(one.equal(other) for one, other in zip(loop.model.parameters(), twin.parameters(), strict=True))
+    assert loop.runtime.lifecycle.applied() == Applied()
 
 
 @pytest.mark.parametrize("kind", ["stop", "checkpoint"])
 def test_a_request_that_the_ranks_do_not_agree_on_is_not_granted(
-    kind: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    kind: str, loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.step()
-    monkeypatch.setattr(bench.runtime.lifecycle.state._actuator, "_agree", lambda value: False)
-    assert bench.step(kind) == (False, False)
-    assert [(each.outcome, each.detail) for each in bench.notebook.outcomes] == [
-        ("failed", "the ranks did not agree on it")
-    ]
+    loop.after()
+    monkeypatch.setattr(loop.runtime.lifecycle.state._actuator, "_agree", lambda value: False)
+    assert loop.after(kind) == (False, False)
+    assert [(each.outcome, each.detail) for each in loop.outcomes] == [("failed", "the ranks did not agree on it")]
 
 
-def test_a_second_request_of_one_step_is_refused(bench: Bench) -> None:
-    bench.step()
-    assert bench.step("stop", "stop") == (True, False)
-    assert sorted(bench.outcomes) == ["applied", "refused"]
+def test_a_second_request_of_one_step_is_refused(loop: Loop) -> None:
+    loop.after()
+    assert loop.after("stop", "stop") == (True, False)
+    assert sorted(each.outcome for each in loop.outcomes) == ["applied", "refused"]
 
 
-def test_an_agent_that_fails_ends_a_checkpoint_at_the_step_of_the_other_ranks(bench: Bench) -> None:
-    assert bench.step("checkpoint", "stop") == (True, True)
-    bench.runtime.breaker.trip("a test", RuntimeError("a test"))
-    assert (bench.agent.should_stop, bench.agent.should_checkpoint) == (True, True)
-    assert bench.step() == (True, False)
+def test_an_agent_that_fails_ends_a_checkpoint_at_the_step_of_the_other_ranks(loop: Loop) -> None:
+    assert loop.after("checkpoint", "stop") == (True, True)
+    loop.runtime.breaker.trip("a test", RuntimeError("a test"))
+    assert (loop.agent.should_stop, loop.agent.should_checkpoint) == (True, True)
+    assert loop.after() == (True, False)
 
 
-def test_a_closed_agent_still_says_stop(bench: Bench) -> None:
-    bench.step("stop")
-    bench.agent.close()
-    assert bench.agent.should_stop is True
-    assert bench.agent.should_checkpoint is False
+def test_a_closed_agent_still_says_stop(loop: Loop) -> None:
+    loop.after("stop")
+    loop.agent.close()
+    assert loop.agent.should_stop is True
+    assert loop.agent.should_checkpoint is False
 
 
 def test_without_a_training_nothing_is_requested() -> None:
@@ -131,19 +111,16 @@ def test_without_a_training_nothing_is_requested() -> None:
     assert isinstance(koopmon.Agent.should_stop, property)
 
 
-def test_an_agent_that_only_watches_refuses_both() -> None:
-    bench = Bench(act="never")
-    try:
-        assert bench.step("stop", "checkpoint") == (False, False)
-        assert bench.outcomes == ["refused", "refused"]
-    finally:
-        bench.runtime.close("")
+def test_an_agent_that_only_watches_refuses_both(loops: Callable[..., Loop]) -> None:
+    loop = loops(act="never")
+    assert loop.after("stop", "checkpoint") == (False, False)
+    assert [each.outcome for each in loop.outcomes] == ["refused", "refused"]
 
 
-def test_a_restarted_launch_is_not_stopped_again(bench: Bench) -> None:
-    bench.runtime.lifecycle.restore(Applied(lr_scale=0.5))
-    assert bench.step() == (False, False)
-    assert bench.runtime.lifecycle.applied().lr_scale == 0.5
+def test_a_restarted_launch_is_not_stopped_again(loop: Loop) -> None:
+    loop.runtime.lifecycle.restore(Applied(lr_scale=0.5))
+    assert loop.after() == (False, False)
+    assert loop.runtime.lifecycle.applied().lr_scale == 0.5
 
 
 @pytest.mark.parametrize("request_of", [StopRequest, CheckpointRequest])
@@ -154,7 +131,8 @@ def test_the_vote_is_at_the_edge_after_the_step_of_the_command_only(request_of: 
         votes.append(value)
         return value
 
-    command = Command(**NAME, id="c0f0c0f0", kind=action.kind)
+    name: dict[str, Any] = {"run": "job", "incarnation": "c0f0c0f0", "id": "c0f0c0f0", "reason": "a test"}
+    command = Command(**name, kind=action.kind, expires_step=1 << 40)
     target = action.target(command, ControlState(), 7)
     assert (target.strength, target.parameters, target.acts) == (1.0, {"at_step": 7}, True)
     state = _towards(ControlState(), action, target, 7, 0)

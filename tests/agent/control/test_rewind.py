@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,17 +17,16 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from koopmon.agent.control import rewind as rewind_module
 from koopmon.agent.control.action import Completion, RequestRefusedError, Target, Update
-from koopmon.agent.control.actuator import CommandResult, _towards
+from koopmon.agent.control.actuator import _towards
 from koopmon.agent.control.lr_backoff import LrBackoff
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rewind import RewindAction
 from koopmon.agent.control.state import ActionState, ControlState, Ramp
-from koopmon.agent.runtime import AgentRuntime
 from koopmon.agent.stats import AgentStats
 from koopmon.config import from_mapping
-from koopmon.conformance.training import Notebook
 from koopmon.plugins import select
 from koopmon.wire.messages import Applied, Command, Heartbeat, Hello, Rewind
+from tests.agent.bench import Bench, benches
 from tests.agent.models import Model, build, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
 
@@ -53,22 +51,8 @@ def normed() -> Normed:
     return Normed()
 
 
-class Bench:
-    """A training in this process with an agent on it, whose outcomes are kept here."""
-
-    def __init__(
-        self,
-        make: Callable[[], nn.Module] = build,
-        optimizer: Callable[[Any], Optimizer] = lambda parameters: AdamW(parameters, lr=0.01),
-        **limits: Any,
-    ) -> None:
-        self.model = make()
-        self.optimizer = optimizer(self.model.parameters())
-        config = from_mapping({"limits": limits})
-        self.runtime = AgentRuntime(
-            self.model, self.optimizer, select(self.model), config, "ipc://bench", "job", io_thread=Notebook
-        )
-        self.step = 0
+class Rewindable(Bench):
+    """A training whose agent returns to copies."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -78,21 +62,6 @@ class Bench:
     def action(self) -> RewindAction:
         return next(each for each in self.runtime.actions if isinstance(each, RewindAction))
 
-    def train(self, steps: int) -> list[float]:
-        losses = [train_step(self.model, self.optimizer, step) for step in range(self.step, self.step + steps)]
-        self.step += steps
-        return losses
-
-    def command(self, kind: Any, **fields: Any) -> CommandResult:
-        """Submit a command and train one step; its outcome."""
-        notebook: Any = self.runtime.io_thread
-        name = {"run": "job", "incarnation": "c0f0c0f0", "id": secrets.token_hex(8), "reason": "a test"}
-        self.runtime.lifecycle.submit(Command(**name, kind=kind, expires_step=1 << 40, **fields))
-        self.train(1)
-        outcome: CommandResult = notebook.outcomes[-1]
-        assert outcome.command_id == name["id"]
-        return outcome
-
     def rewind(self, max_rate: float = 1.0, min_age_steps: int = 0, **more: bool) -> tuple[str, str]:
         result = self.command("rewind", rewind=Rewind(max_rate=max_rate, min_age_steps=min_age_steps, **more))
         assert self.runtime.breaker.num_errors == 0
@@ -100,22 +69,15 @@ class Bench:
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Rewindable]]:
     """Makes trainings whose copies are never too expensive: these steps take a millisecond."""
     monkeypatch.setattr(rewind_module, "MAX_COST", 1e9)
-    made = []
-
-    def make(*args: Any, **limits: Any) -> Bench:
-        made.append(Bench(*args, **limits))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.runtime.close("")
+    with benches(Rewindable) as make:
+        yield make
 
 
 def test_copies_are_taken_at_fixed_steps_and_the_start_is_freed(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+    bench: Callable[..., Rewindable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rewind_module, "START_COPY_STEPS", 100)
     training = bench()
@@ -136,9 +98,9 @@ def test_copies_are_taken_at_fixed_steps_and_the_start_is_freed(
 
 @pytest.mark.parametrize("make", [build, normed])
 def test_after_a_rewind_the_training_goes_on_as_from_the_copy(
-    make: Callable[[], nn.Module], bench: Callable[..., Bench]
+    make: Callable[[], nn.Module], bench: Callable[..., Rewindable]
 ) -> None:
-    training, twin = bench(make), make()
+    training, twin = bench(make()), make()
     optimizer = AdamW(twin.parameters(), lr=0.01)
     plain = [train_step(twin, optimizer, step) for step in range(48)]
     assert training.train(99)[:48] == plain, "copies change nothing"
@@ -157,7 +119,7 @@ def test_after_a_rewind_the_training_goes_on_as_from_the_copy(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_finite_are_not_copied(value: float, bench: Callable[..., Bench]) -> None:
+def test_weights_that_are_not_finite_are_not_copied(value: float, bench: Callable[..., Rewindable]) -> None:
     training = bench()
     training.train(70)
     assert training.facts["rewind_steps"] == [0, 48, 64]
@@ -173,7 +135,7 @@ def test_weights_that_are_not_finite_are_not_copied(value: float, bench: Callabl
     assert training.facts["rewind_steps"][-1] == 144, "the training is copied again"
 
 
-def test_a_rewind_for_nan_is_refused_while_the_weights_are_finite(bench: Callable[..., Bench]) -> None:
+def test_a_rewind_for_nan_is_refused_while_the_weights_are_finite(bench: Callable[..., Rewindable]) -> None:
     """A loop that drops the batches with a loss of NaN keeps its weights."""
     training = bench()
     training.train(40)
@@ -183,7 +145,7 @@ def test_a_rewind_for_nan_is_refused_while_the_weights_are_finite(bench: Callabl
 
 
 def test_a_copy_on_which_the_ranks_disagree_is_not_offered_again(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+    bench: Callable[..., Rewindable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = bench()
     training.train(70)
@@ -193,7 +155,7 @@ def test_a_copy_on_which_the_ranks_disagree_is_not_offered_again(
     assert training.rewind() == ("applied", "returned to step 48")
 
 
-def test_a_copy_must_be_old_enough_and_from_a_low_rate(bench: Callable[..., Bench]) -> None:
+def test_a_copy_must_be_old_enough_and_from_a_low_rate(bench: Callable[..., Rewindable]) -> None:
     training = bench(optimizer=lambda parameters: SGD(parameters, lr=0.001))
     for step in range(120):
         training.optimizer.param_groups[0]["lr"] = 0.001 * (step + 1)
@@ -204,14 +166,14 @@ def test_a_copy_must_be_old_enough_and_from_a_low_rate(bench: Callable[..., Benc
     assert training.rewind(max_rate=0.04) == ("applied", "returned to step 0")
 
 
-def test_the_copy_of_the_start_is_always_old_enough(bench: Callable[..., Bench]) -> None:
+def test_the_copy_of_the_start_is_always_old_enough(bench: Callable[..., Rewindable]) -> None:
     training = bench()
     training.train(3)
     assert training.rewind(min_age_steps=200) == ("applied", "returned to step 0")
 
 
 def test_without_a_fitting_copy_a_rewind_is_refused(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+    bench: Callable[..., Rewindable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("koopmon.agent.control.rewind.START_COPY_STEPS", 100)
     training = bench(optimizer=lambda parameters: SGD(parameters, lr=0.001))
@@ -223,7 +185,7 @@ def test_without_a_fitting_copy_a_rewind_is_refused(
         assert "step 48 at rate 0.001" in detail
 
 
-def test_the_rate_of_a_copy_includes_the_scale(bench: Callable[..., Bench]) -> None:
+def test_the_rate_of_a_copy_includes_the_scale(bench: Callable[..., Rewindable]) -> None:
     training = bench()
     training.train(5)
     training.command("set_lr_scale", lr_scale=1.0, max_rate=0.002)
@@ -233,7 +195,7 @@ def test_the_rate_of_a_copy_includes_the_scale(bench: Callable[..., Bench]) -> N
     assert training.rewind(max_rate=0.0019) == ("applied", "returned to step 0")
 
 
-def test_rewinds_are_limited_in_number_and_per_hour(bench: Callable[..., Bench]) -> None:
+def test_rewinds_are_limited_in_number_and_per_hour(bench: Callable[..., Rewindable]) -> None:
     training = bench(max_rewinds=2)
     training.train(17)
     assert [training.rewind()[0] for _ in range(3)] == ["applied", "applied", "refused"]
@@ -243,16 +205,13 @@ def test_rewinds_are_limited_in_number_and_per_hour(bench: Callable[..., Bench])
     assert [training.rewind()[0] for _ in range(2)] == ["applied", "refused"]
 
 
-def test_a_second_rewind_of_one_step_is_refused(bench: Callable[..., Bench]) -> None:
+def test_a_second_rewind_of_one_step_is_refused(bench: Callable[..., Rewindable]) -> None:
     training = bench()
     training.train(17)
-    name = {"run": "job", "incarnation": "c0f0c0f0", "reason": "a test", "expires_step": 1 << 40}
     for _ in range(2):
-        ask = Rewind(max_rate=1.0, min_age_steps=0)
-        training.runtime.lifecycle.submit(Command(**name, id=secrets.token_hex(8), kind="rewind", rewind=ask))
+        training.submit("rewind", rewind=Rewind(max_rate=1.0, min_age_steps=0))
     training.train(1)
-    notebook: Any = training.runtime.io_thread
-    assert [each.outcome for each in notebook.outcomes] == ["refused", "applied"]
+    assert [each.outcome for each in training.outcomes] == ["refused", "applied"]
     assert training.facts["rewinds"] == 1
 
 
@@ -285,9 +244,9 @@ NBYTES = sum(each.nbytes for each in build().parameters())
     ],
 )
 def test_a_training_that_cannot_rewind_says_why(
-    optimizer: Any, limits: dict[str, Any], reason: str, bench: Callable[..., Bench]
+    optimizer: Any, limits: dict[str, Any], reason: str, bench: Callable[..., Rewindable]
 ) -> None:
-    training = bench(build, optimizer, **limits)
+    training = bench(None, optimizer, **limits)
     training.train(33)
     outcome, detail = training.rewind()
     assert outcome == "refused"
@@ -296,13 +255,15 @@ def test_a_training_that_cannot_rewind_says_why(
     assert reason in training.facts["rewind_refusal"]
 
 
-def test_copies_that_just_fit_are_kept(bench: Callable[..., Bench]) -> None:
+def test_copies_that_just_fit_are_kept(bench: Callable[..., Rewindable]) -> None:
     training = bench(rewind_max_bytes=7 * NBYTES + 8 * len(list(build().parameters())))
     training.train(17)
     assert training.rewind() == ("applied", "returned to step 16")
 
 
-def test_ranks_that_do_not_agree_change_nothing(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_do_not_agree_change_nothing(
+    bench: Callable[..., Rewindable], monkeypatch: pytest.MonkeyPatch
+) -> None:
     training, twin = bench(), build()
     optimizer = AdamW(twin.parameters(), lr=0.01)
     training.train(20)
@@ -314,7 +275,7 @@ def test_ranks_that_do_not_agree_change_nothing(bench: Callable[..., Bench], mon
     assert training.train(20) == plain[21:]
 
 
-def test_a_copy_that_no_longer_fits_is_not_restored(bench: Callable[..., Bench]) -> None:
+def test_a_copy_that_no_longer_fits_is_not_restored(bench: Callable[..., Rewindable]) -> None:
     training = bench()
     training.train(20)
     training.model.head.bias = nn.Parameter(torch.zeros_like(training.model.head.bias))
@@ -325,7 +286,7 @@ def test_a_copy_that_no_longer_fits_is_not_restored(bench: Callable[..., Bench])
 
 
 def test_the_interval_doubles_while_copies_cost_too_much(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+    bench: Callable[..., Rewindable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rewind_module, "INTERVAL_STEPS", 1)
     training = bench()
@@ -344,7 +305,7 @@ def test_the_interval_doubles_while_copies_cost_too_much(
 
 
 def test_a_copy_that_fails_ends_rewinds_and_not_the_agent(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+    bench: Callable[..., Rewindable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = bench()
     training.train(17)
@@ -359,7 +320,7 @@ def test_a_copy_that_fails_ends_rewinds_and_not_the_agent(
     assert training.runtime.breaker.num_errors == 0
 
 
-def test_the_end_of_the_agent_frees_the_copies(bench: Callable[..., Bench]) -> None:
+def test_the_end_of_the_agent_frees_the_copies(bench: Callable[..., Rewindable]) -> None:
     training = bench()
     training.train(17)
     assert training.facts["rewind_steps"] == [0, 16]
@@ -603,7 +564,7 @@ def test_a_rewind_is_carried_out_at_the_edge_after_its_step() -> None:
 
 
 def test_a_rewind_without_a_cap_is_logged_with_its_reason(
-    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+    bench: Callable[..., Rewindable], caplog: pytest.LogCaptureFixture
 ) -> None:
     training = bench()
     training.train(20)

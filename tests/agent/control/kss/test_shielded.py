@@ -57,7 +57,7 @@ def train(
         monitor.wait(lambda: agent._runtime.lifecycle.requests)
         train_step()
         spent = monitor.ack(again)
-        assert (spent.outcome, spent.shielded) == ("refused", False), "the hour's one action is spent"
+        assert (spent.outcome, spent.permanent) == ("refused", False), "the hour's one action is spent"
         off = monitor.command("set_kss", kss=KssSettings())
         monitor.wait(lambda: agent._runtime.lifecycle.requests)
         train_step()
@@ -69,7 +69,7 @@ def train(
 def test_kss_is_refused_where_routers_are_shielded(agents: Attach, monitor: ScriptedMonitor) -> None:
     plain, _ = train(agents, monitor, through=False, kss=None)
     refused, ack = train(agents, monitor, through=False, kss=KSS)
-    assert (ack.outcome, ack.shielded) == ("refused", True)
+    assert (ack.outcome, ack.permanent) == ("refused", True)
     assert ack.applied == Applied()
     assert "model.layers.0.mlp.gate and 3 more" in ack.detail
     assert "through_shielded = true" in ack.detail
