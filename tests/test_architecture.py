@@ -23,6 +23,7 @@ ROOMS = {
     "errors": "",
     "files": "errors",
     "logs": "",
+    "deadline": "",
     "numbers": "",
     "no_gradients": "",
     "spectral": "errors numbers",
@@ -64,8 +65,10 @@ ROOMS = {
     ),
     "conformance": "errors config spectral wire api chain_verifier token_sampling observables plugins discovery agent",
     "grafana": "errors config telemetry files",
-    "notify": "errors config files",
-    "monitor": "errors logs numbers config spectral risk wire policy files history telemetry grafana notify views",
+    "notify": "errors config files deadline",
+    "monitor": (
+        "errors logs numbers deadline config spectral risk wire policy files history telemetry grafana notify views"
+    ),
     "integrations": "errors logs config agent profiling spectral risk",  # the last three for Optuna
     "plots": "errors spectral risk",
     "report": "errors numbers config spectral risk history views",

@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from koopmon.deadline import Deadline
 from koopmon.errors import describe_error, one_line
-from koopmon.notify.deadline import Deadline
 from koopmon.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)

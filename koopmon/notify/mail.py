@@ -12,8 +12,8 @@ from email.utils import formatdate, make_msgid
 from typing import ClassVar, Literal
 
 from koopmon.config import NotifyEvent
+from koopmon.deadline import Deadline
 from koopmon.errors import one_line
-from koopmon.notify.deadline import Deadline
 from koopmon.notify.message import Notification, plain_text
 from koopmon.notify.target import NotAcceptedError
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 from urllib.parse import urlsplit
 
 from koopmon.config import NotifyEvent
-from koopmon.notify.deadline import Deadline
+from koopmon.deadline import Deadline
 from koopmon.notify.message import Notification
 from koopmon.notify.target import NotAcceptedError
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from koopmon.notify.deadline import Deadline
+from koopmon.deadline import Deadline
 
 
 def read(sock: socket.socket, limit: Deadline, *, early: bool) -> None:
