@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from koopmon.config import KssConfig
@@ -78,7 +79,7 @@ def bar_kss(case: Case) -> Proposal | None:
     before, after = state.loss_at_kss, case.seen.training.loss
     if case.severe and not state.held_layers:
         return _without_kss(case, f"the risk is {case.risk.value:.2f} in spite of it", kss_barred=True)
-    if before is not None and after is not None and 0.0 < before * config.harm_ratio < after:
+    if before is not None and after is not None and 0.0 < before * config.harm_ratio < after < math.inf:
         return _without_kss(case, f"the loss rose from {before:.3g} to {after:.3g} under it", kss_barred=True)
     return None
 
