@@ -257,7 +257,8 @@ class MonitorConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Limits and timeouts of the monitor."""
 
     max_runs: Annotated[int, Meta(ge=1, le=10_000)] = 64
-    """Largest number of runs at one time. Further runs are refused."""
+    """Largest number of runs at one time. Further runs are refused, unless an ended run can go, or one without a
+    snapshot of a peer that has more runs."""
     max_peers: Annotated[int, Meta(ge=1, le=1 << 20)] = 16_384
     """Largest number of connected ranks of one run. Further ranks are refused."""
     max_layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS)] = MAX_LAYERS

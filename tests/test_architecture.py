@@ -23,6 +23,8 @@ ROOMS = {
     "errors": "",
     "files": "errors",
     "logs": "",
+    "deadline": "",
+    "http_client": "deadline",
     "numbers": "",
     "no_gradients": "",
     "spectral": "errors numbers",
@@ -63,13 +65,16 @@ ROOMS = {
         "walk token_sampling observables plugins discovery process_state files no_gradients"
     ),
     "conformance": "errors config spectral wire api chain_verifier token_sampling observables plugins discovery agent",
-    "grafana": "errors config telemetry files",
-    "notify": "errors config files",
-    "monitor": "errors logs numbers config spectral risk wire policy files history telemetry grafana notify views",
+    "grafana": "errors config telemetry files deadline http_client",
+    "notify": "errors config files deadline http_client",
+    "monitor": (
+        "errors logs numbers deadline http_client config spectral risk wire policy files history telemetry grafana "
+        "notify views"
+    ),
     "integrations": "errors logs config agent profiling spectral risk",  # the last three for Optuna
     "plots": "errors spectral risk",
     "report": "errors numbers config spectral risk history views",
-    "doctor": "errors config wire api plugins discovery agent",
+    "doctor": "errors config http_client wire api plugins discovery agent",
     "demo": "errors config spectral risk plots history views",
     "cli": "*",
     "__main__": "cli",

@@ -14,10 +14,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated
+
+import msgspec
+from msgspec import Meta
 
 from koopmon.cli.launch_inspection import state_directory
 from koopmon.files import locked, open_regular
+from koopmon.wire.messages import RunName
 
 MAX_BYTES = 16_384
 STALE_SECONDS = 60.0
@@ -28,11 +32,11 @@ STALE_SECONDS = 60.0
 class LiveMonitor:
     """The monitor of one running job. `started` is in Unix seconds; `page` is the address of its live page."""
 
-    run: str
-    page: str
-    store: str
+    run: RunName
+    page: Annotated[str, Meta(pattern=r"^https?://[!-~]+\Z")]
+    store: Annotated[str, Meta(pattern=r"^/[^\x00-\x1f\x7f]+\Z")]
     pid: int
-    started: float
+    started: Annotated[float, Meta(ge=0.0, le=2.5e11)]
 
 
 class Announcement:
@@ -76,7 +80,7 @@ def live_monitors() -> list[LiveMonitor]:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                if (monitor := _monitor(file.read(MAX_BYTES).decode(errors="replace"))) is not None:
+                if (monitor := _monitor(file.read(MAX_BYTES))) is not None:
                     found.append(monitor)
     return sorted(found, key=lambda monitor: monitor.started)
 
@@ -90,17 +94,12 @@ def _files(directory: Path) -> Iterator[Path]:
         yield from directory.glob("*.json")
 
 
-def _monitor(text: str) -> LiveMonitor | None:
+def _monitor(text: bytes) -> LiveMonitor | None:
     """Decode one file; None if it is not one, such as one that is half written."""
     try:
-        known: Any = json.loads(text)
-        monitor = LiveMonitor(**known)
-    except (ValueError, TypeError, RecursionError):
+        return msgspec.json.decode(text, type=LiveMonitor)
+    except (msgspec.MsgspecError, RecursionError):
         return None
-    texts = (monitor.run, monitor.page, monitor.store)
-    numbers = (monitor.pid, monitor.started)
-    is_valid = all(isinstance(text, str) for text in texts) and all(isinstance(each, (int, float)) for each in numbers)
-    return monitor if is_valid else None
 
 
 def _remove_stale(directory: Path) -> None:

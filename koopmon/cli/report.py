@@ -13,6 +13,7 @@ from koopmon.cli.options import AsJson, ConfigFile, HistoryFile, RunArgument, op
 from koopmon.config import load
 from koopmon.errors import KoopmonError, one_line
 from koopmon.files import write_whole
+from koopmon.run_names import file_name
 
 
 def report(
@@ -37,7 +38,7 @@ def report(
     with opened(run, store) as (history, path, name):
         facts = build_report(history, path.absolute(), name, policy)
         if out is None and (open_page or not as_json):
-            out = Path(one_line(f"koopmon-report-{name.replace('/', '_')}", 200))
+            out = Path(f"koopmon-report-{file_name(name)}")
         text = "" if out is None else page(facts)
     if out is not None:
         path = out / "report.html"
@@ -47,7 +48,7 @@ def report(
         except OSError as error:
             raise KoopmonError(f"--out {out}: cannot be written: {error.strerror}") from None
         if not as_json:
-            heading = [one_line(f"Run: {name}")] if run is None else []
+            heading = [f"Run: {name}"] if run is None else []
             lines = [one_line(f"{name}: {value}", 2000) for name, value in glance(facts).items()]
             results().print(*heading, *lines, path, sep="\n", soft_wrap=True)
         if open_page:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from koopmon.doctor.findings import Finding, fail, ok, warn
 from koopmon.errors import ConfigError, one_line
+from koopmon.http_client import exchange
 from koopmon.wire.messages import ProbeReply
 
 DEFAULT = "http://127.0.0.1:9464"
@@ -81,19 +82,15 @@ class Pages:
             yield ok("pages", f"{self.url} is healthy; runs: {known or 'none at present'}")
 
     def _get(self, page: str) -> tuple[int, str]:
-        parts = urlsplit(self.url)
-        secure = parts.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = kind(parts.hostname or "", parts.port, timeout=HTTP_SECONDS)
+        url = f"{self.url.partition('?')[0].partition('#')[0].rstrip('/')}/{page}"
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         try:
-            headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-            connection.request("GET", f"{parts.path.rstrip('/')}/{page}", headers=headers)
-            answer = connection.getresponse()
-            return answer.status, answer.read(MAX_PAGE_BYTES).decode("utf-8", "replace")
+            answer = exchange("GET", url, headers=headers, seconds=HTTP_SECONDS, max_bytes=MAX_PAGE_BYTES)
         except ssl.SSLError as error:
             raise OSError(f"TLS: {error.reason}") from error
-        finally:
-            connection.close()
+        if not answer.complete:
+            raise TimeoutError(f"/{page} did not end within {HTTP_SECONDS:g} s")
+        return answer.status, answer.body.decode("utf-8", "replace")
 
 
 def _samples(text: str) -> dict[str, dict[str, float]]:

@@ -1,12 +1,10 @@
 """Posts every decision and its outcome as an annotation to Grafana, from a thread that never blocks the monitor.
 
-It uses http.client because grafana_client is slow to import and replaces urllib3. http.client follows no redirect, so
-the token stays with the configured host, and it uses no proxy.
+It does not use grafana_client, which is slow to import and replaces urllib3.
 """
 
 from __future__ import annotations
 
-import contextlib
 import html
 import http.client
 import json
@@ -15,10 +13,10 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias
-from urllib.parse import urlsplit
 
 from koopmon.errors import one_line
 from koopmon.grafana.access import GrafanaAccess
+from koopmon.http_client import exchange
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +48,9 @@ class Annotations:
     """
 
     def __init__(self, access: GrafanaAccess, queue_length: int) -> None:
-        parts = urlsplit(access.url)
         if access.in_clear:
             logger.warning("grafana %s has no TLS: others on the network can read the token", access.url)
         self._access = access
-        self._host, self._port, self._path = str(parts.hostname), parts.port, f"{parts.path}api/annotations"
-        self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._queue: deque[bytes] = deque(maxlen=queue_length)
         self._changed = threading.Condition()
         self._closing = False
@@ -123,15 +118,12 @@ class Annotations:
     def _post(self, body: bytes) -> None:
         # Decisions are rare, so Grafana would have closed an idle connection before the next one.
         headers = {"Authorization": f"Bearer {self._access.token}", "Content-Type": "application/json"}
-        seconds = self._access.timeout_seconds
-        with contextlib.closing(self._kind(self._host, self._port, timeout=seconds)) as connection:
-            connection.request("POST", self._path, body, {**headers, "Connection": "close"})
-            answer = connection.getresponse()
-            status, text = answer.status, answer.read(MAX_ANSWER_BYTES)
-        if status == 429 or status >= 500:
-            raise http.client.HTTPException(f"it answers {status}")
-        if status != 200:
-            raise RefusedError(f"it answers {status}: {_said(text)}")
+        url, seconds = f"{self._access.url}api/annotations", self._access.timeout_seconds
+        answer = exchange("POST", url, body=body, headers=headers, seconds=seconds, max_bytes=MAX_ANSWER_BYTES)
+        if answer.status == 429 or answer.status >= 500:
+            raise http.client.HTTPException(f"it answers {answer.status}")
+        if answer.status != 200:
+            raise RefusedError(f"it answers {answer.status}: {_said(answer.body)}")
 
     def _report(self, why: str = "") -> None:
         """Log the first of several failures, and the first success after them, with an empty `why`."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
+from koopmon.deadline import LimitedCalls
 from koopmon.errors import ConfigError, GrafanaDeniedError, GrafanaError, GrafanaUnreachableError, one_line
 from koopmon.grafana import resources
 from koopmon.grafana.access import GrafanaAccess, check_url
@@ -120,6 +121,7 @@ class _Grafana:
         self._access, self._errors, self._transport_errors = access, client, niquests.exceptions
         api = GrafanaApi.from_url(access.url, credential=access.token, timeout=access.timeout_seconds)
         self._client: Any = api.client
+        self._calls = LimitedCalls(access.timeout_seconds)
         self._client.s.max_redirects = 0  # a redirected request would arrive without its body
         self._client.s.headers["X-Disable-Provenance"] = "true"  # rules stay editable in Grafana's pages
 
@@ -141,8 +143,8 @@ class _Grafana:
         """Send one request and return its answer; None for a GET with status 404."""
         where = f"Grafana at {self._access.url}"
         try:
-            answer = getattr(self._client, method)(path, json=body)
-        except self._errors.GrafanaTimeoutError:
+            answer = self._calls.run(lambda: getattr(self._client, method)(path, json=body))
+        except (self._errors.GrafanaTimeoutError, TimeoutError):
             seconds = self._access.timeout_seconds
             raise GrafanaUnreachableError(f"{where}: no answer within {seconds:g} s ({what})") from None
         except self._errors.GrafanaException as error:

@@ -19,7 +19,7 @@ from koopmon.errors import StoreError, one_line
 from koopmon.history.database import is_held
 from koopmon.history.plain_profile import PlainProfile, unpack
 from koopmon.history.schema import PACKED, SQLITE_ERRORS, check, from_scalar, unpacked_layers
-from koopmon.wire.messages import MEASURED, Applied, AtStep, Command, Hello, TrainingStep
+from koopmon.wire.messages import MEASURED, Applied, AtStep, Command, Hello, RunName, TrainingStep
 
 Time = Annotated[float, Meta(ge=0.0, le=2.5e11)]
 """Unix seconds. The last years of datetime are beyond the bound."""
@@ -29,7 +29,8 @@ Time = Annotated[float, Meta(ge=0.0, le=2.5e11)]
 class RunRow:
     """One run with all its launches. Times are Unix seconds; `state` is a `koopmon.history.schema.RunState`."""
 
-    name: str
+    name: RunName
+    """Its allowed characters need no escapes in a page, a terminal or a file name."""
     first_seen: Time
     last_seen: Time
     state: int
@@ -53,7 +54,7 @@ class RunOverview(RunRow):
 class IncarnationRow:
     """One launch of a run. Times are Unix seconds; `ended` is None while the launch runs."""
 
-    run: str
+    run: RunName
     incarnation: str
     started: Time
     ended: Time | None
@@ -230,7 +231,7 @@ class HistoryReader:
         """Names of all runs, oldest first."""
         with self._reading("runs"):
             rows = self._database.execute("SELECT name FROM runs ORDER BY first_seen, id").fetchall()
-            return msgspec.convert([row["name"] for row in rows], list[str])
+            return msgspec.convert([row["name"] for row in rows], list[RunName])
 
     def run(self, name: str) -> RunRow | None:
         """Return the row of one run; None when the store does not hold it."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client.registry import CollectorRegistry
 
 from koopmon import __version__
+from koopmon.deadline import LimitedCalls
 from koopmon.errors import describe_error, one_line
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ INTERVAL = "OTEL_METRIC_EXPORT_INTERVAL"
 DEFAULT_INTERVAL_SECONDS = 60.0
 """The default of the specification."""
 MIN_INTERVAL_SECONDS = 0.1
+PUSH_SECONDS = 60.0
+"""Maximum time for one push; the exporter's own timeout bounds each read, not the whole."""
 CLOSE_SECONDS = 3.0
 """Maximum time for the last push at the end."""
 
@@ -104,6 +107,7 @@ class OtlpPush:
         self._instance = instance
         self._started = time.time_ns()
         self._closing = threading.Event()
+        self._calls = LimitedCalls(PUSH_SECONDS)
         self._failing = False
         self._said = _FirstMessage()
         self._exporters_logger = logging.getLogger(type(exporter).__module__)
@@ -130,7 +134,8 @@ class OtlpPush:
 
         self._said.text = ""
         try:
-            result = self._exporter.export(metrics_data(self._registry, self._started, self._instance))
+            data = metrics_data(self._registry, self._started, self._instance)
+            result = self._calls.run(lambda: self._exporter.export(data))
             why = "" if result is MetricExportResult.SUCCESS else self._said.text or "no reason is known"
         except Exception as error:  # a library for HTTP may raise any kind
             why = describe_error(error)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -40,7 +40,10 @@ LAST_STEP = MAX_STEP - MAX_STEPS
 MAX_LAUNCHES = 60
 """Maximum number of launches of a run within a minute, so that a peer cannot fill the history with launches."""
 MAX_TURNOVER = 4
-"""New runs within a minute, beside MAX_LAUNCHES, as a multiple of `[monitor] max_runs`."""
+"""New runs within a minute, beside MAX_LAUNCHES, as a multiple of `[monitor] max_runs`. A source may begin as many as
+it leaves to others."""
+SILENT_SECONDS = 10.0
+"""Time after which a run that has sent nothing but hellos makes room for a new one. Agents send heartbeats at once."""
 MAX_RETIRED = 64
 """Maximum number of earlier incarnations kept per run, to distinguish a late message from a new launch."""
 
@@ -95,6 +98,10 @@ class Run:
     step: int
     applied: Applied
     agent: str = ""
+    source: bytes = b""
+    """The agent of the first hello; without key authentication, its connection."""
+    sampled: bool = False
+    """True once a shard of a snapshot has come."""
     restore: Applied | None = None
     state: RunState = RunState.RUNNING
     closed_at: float = math.inf
@@ -208,13 +215,15 @@ class Admission:
     """The outcome of a hello.
 
     `before` is the run as it was known: `run` itself, or an earlier incarnation that `run` replaces. `settled` is True
-    if this rank has sent a heartbeat since an earlier hello: it then has the values to restore. `removed` made room.
+    if this rank has sent a heartbeat since an earlier hello: it then has the values to restore. `removed` made room;
+    `displaced` is one of them that was running until then.
     """
 
     run: Run
     before: Run | None
     settled: bool
     removed: list[Run]
+    displaced: Run | None = None
 
 
 class RunRegistry:
@@ -227,8 +236,10 @@ class RunRegistry:
         self._config = config
         self._agents = agents
         self._runs: dict[str, Run] = {}
-        self._begun: deque[float] = deque()
-        """Times at which runs came to this registry within the last minute."""
+        self._begun: deque[tuple[float, bytes]] = deque()
+        """Times and sources of the runs that came to this registry within the last minute."""
+        self._num_begun: Counter[bytes] = Counter()
+        """Their number by source."""
         self._heap: list[tuple[float, str]] = []
         """Times at which to look at runs, no later than their deadlines."""
         self._due: dict[str, float] = {}
@@ -271,7 +282,8 @@ class RunRegistry:
         earlier = retired if before is None else before.retired
         self._check(hello, before, agent, earlier)
         removed: list[Run] = []
-        run = before
+        displaced = None
+        run, source = before, agent.encode() or identity
         if run is None or hello.incarnation != run.incarnation:
             recent = [] if before is None else [at for at in before.launched if now - at < 60.0]
             if len(recent) >= MAX_LAUNCHES:
@@ -279,17 +291,20 @@ class RunRegistry:
                 raise ProtocolError("refused", f"{what}: each launch is a record of the history; wait a minute")
             victim = None
             if before is None:
-                self._check_turnover(now)
-                victim = self._victim()
+                self._check_turnover(now, source)
+                victim = self._victim(now, source)
             controller, restore = begin(before)
             if before is None:
-                self._begun.append(now)
-            run = Run(hello, controller, now, hello.step, hello.applied, agent, restore)
+                self._begun.append((now, source))
+                self._num_begun[source] += 1
+            run = Run(hello, controller, now, hello.step, hello.applied, agent, source, restore=restore)
             run.retired = [*earlier, *([] if before is None else [before.incarnation])][-MAX_RETIRED:]
             run.launched = (*recent, now)
             run.logged_names = set() if before is None else before.logged_names
             if victim is not None:
                 removed.append(self._runs.pop(victim.name))
+                if victim.state is RunState.RUNNING:
+                    displaced, victim.state = victim, RunState.VANISHED
             self._runs[hello.run] = run
             self._schedule(run)
         peer = run.peers.get(hello.process_rank)
@@ -300,7 +315,7 @@ class RunRegistry:
         if hello.process_rank == 0:
             run.hello, run.applied = hello, hello.applied
         self._mark_running(now, run, hello.step)
-        return Admission(run, before, settled, removed)
+        return Admission(run, before, settled, removed, displaced)
 
     def _check(self, hello: Hello, run: Run | None, agent: str, retired: Sequence[str]) -> None:
         """Raise ProtocolError for a hello that the registry must refuse."""
@@ -319,13 +334,18 @@ class RunRegistry:
             limit = "as many as [monitor] max_peers allows"
             raise ProtocolError("refused", f"{name} has {num_peers} connected ranks, {limit}")
 
-    def _check_turnover(self, now: float) -> None:
+    def _check_turnover(self, now: float, source: bytes) -> None:
         """Raise ProtocolError for too many new runs within a minute. A restart of a known run is none."""
-        while self._begun and now - self._begun[0] >= 60.0:
-            self._begun.popleft()
-        if len(self._begun) >= MAX_LAUNCHES + MAX_TURNOVER * self._config.max_runs:
-            limit = f"the limit for [monitor] max_runs = {self._config.max_runs}"
-            raise ProtocolError("refused", f"{len(self._begun)} new runs came within a minute, {limit}: wait a minute")
+        while self._begun and now - self._begun[0][0] >= 60.0:
+            _, earlier = self._begun.popleft()
+            self._num_begun[earlier] -= 1
+            if not self._num_begun[earlier]:
+                del self._num_begun[earlier]
+        left = MAX_LAUNCHES + MAX_TURNOVER * self._config.max_runs - len(self._begun)
+        if (own := self._num_begun[source]) >= left:
+            what = f"{len(self._begun)} new runs came within a minute, {own} of them from this peer"
+            limit = f"{left} more are allowed for [monitor] max_runs = {self._config.max_runs}"
+            raise ProtocolError("refused", f"{what}; {limit}: wait a minute")
 
     def on_message(self, now: float, message: Heartbeat | Ack | Goodbye, identity: bytes, *, key: str = "") -> Run:
         """Note a message of a known peer.
@@ -359,6 +379,7 @@ class RunRegistry:
         run = self._current(shard, key)
         if run.state is not RunState.ENDED:
             self._mark_running(now, run, shard.step)
+        run.sampled = True
         return run
 
     def expire(self, now: float) -> tuple[list[Run], list[Run]]:
@@ -432,15 +453,28 @@ class RunRegistry:
             raise ProtocolError("refused", f"run {run.name} is at step {message.step}: {expected}")
         return run
 
-    def _victim(self) -> Run | None:
-        """Return the run to remove for a new one, None while there is room. Raises ProtocolError if all run."""
+    def _victim(self, now: float, source: bytes) -> Run | None:
+        """Return the run to remove for a new one of `source`, None while there is room.
+
+        If all runs are running, the oldest one without a snapshot goes if its source has more runs than this one would
+        have, or if it has sent nothing but hellos for SILENT_SECONDS. Raises ProtocolError if there is none.
+        """
         if len(self._runs) < self._config.max_runs:
             return None
-        closed = [run for run in self._runs.values() if run.state is not RunState.RUNNING]
-        if not closed:
+        runs = list(self._runs.values())
+        if closed := [run for run in runs if run.state is not RunState.RUNNING]:
+            return min(closed, key=lambda run: run.closed_at)
+        held = Counter(run.source for run in runs)
+        weak = [
+            run
+            for run in runs
+            if not run.sampled
+            and (held[run.source] > held[source] + 1 or (not run.heartbeats and now - run.last_heard >= SILENT_SECONDS))
+        ]
+        if not weak:
             limit = "as many as [monitor] max_runs allows: end one or raise it"
-            raise ProtocolError("refused", f"the monitor watches {len(self._runs)} runs, {limit}")
-        return min(closed, key=lambda run: run.closed_at)
+            raise ProtocolError("refused", f"the monitor watches {len(runs)} runs, {limit}")
+        return max(weak, key=lambda run: (held[run.source], -run.launched[-1]))
 
     def _mark_running(self, now: float, run: Run, step: int) -> None:
         run.last_heard, run.step = now, max(run.step, step)

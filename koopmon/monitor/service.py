@@ -312,6 +312,10 @@ class Service:
             self.failures.note("message", error, run=hello.run, what="the run is refused")
             self._refuse(peer, hello, "an error in the monitor: its log has the traceback")
             return
+        if admission.displaced is not None:
+            logger.info("run %s has sent no snapshot: it makes room for run %s", admission.displaced.name, hello.run)
+            with self.failures.contained("command", admission.displaced.name):
+                self._close(admission.displaced, "")
         for removed in admission.removed:
             self._forget(removed)
         if before is not None and before is not run:

@@ -7,7 +7,6 @@ broken cluster does not delay the monitor.
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import logging
@@ -19,7 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from koopmon.errors import describe_error, one_line
-from koopmon.notify.deadline import Deadline
+from koopmon.http_client import exchange
 from koopmon.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -111,25 +110,13 @@ class TrainerStatus:
         token = _text(self._token).strip()
         if not token.isprintable() or not token or " " in token:
             raise ValueError(f"{self._token} holds no token")  # http.client would repeat its content
-        headers = {
-            "Authorization": f"Bearer {token}",
-            "Content-Type": "application/json",
-            "User-Agent": "koopmon",
-            "Connection": "close",
-        }
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         context = ssl.create_default_context(cadata=_text(self._ca_cert))
-        parts = urlsplit(self._url)
-        connection = http.client.HTTPSConnection(
-            str(parts.hostname), parts.port, timeout=TIMEOUT_SECONDS, context=context
+        answer = exchange(
+            "POST", self._url, body=body.encode(), headers=headers, seconds=TIMEOUT_SECONDS, context=context
         )
-        with contextlib.closing(connection), Deadline(TIMEOUT_SECONDS) as deadline:
-            connection.connect()
-            opened = connection.sock  # http.client forgets it with the head of the answer
-            deadline.watch(lambda: opened)
-            connection.request("POST", parts.path, body, headers)
-            with contextlib.closing(connection.getresponse()) as answer:
-                if answer.status != 200:
-                    raise http.client.HTTPException(f"the server answers {answer.status} {answer.reason}")
+        if answer.status != 200:
+            raise http.client.HTTPException(f"the server answers {answer.status} {answer.reason}")
 
 
 def metrics_of(runs: Mapping[str, Mapping[str, float]]) -> list[dict[str, str]]:

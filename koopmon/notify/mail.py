@@ -9,15 +9,27 @@ import ssl
 from dataclasses import dataclass, field
 from email.message import EmailMessage
 from email.utils import formatdate, make_msgid
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from koopmon.config import NotifyEvent
+from koopmon.deadline import Deadline
 from koopmon.errors import one_line
-from koopmon.notify.deadline import Deadline
 from koopmon.notify.message import Notification, plain_text
 from koopmon.notify.target import NotAcceptedError
 
 MAX_SUBJECT = 150
+
+
+class _Smtp(smtplib.SMTP):
+    """A session that the deadline can end while the constructor waits for the server's greeting."""
+
+    def __init__(self, deadline: Deadline, server: str, port: int, **options: Any) -> None:
+        deadline.watch(lambda: self.sock)
+        super().__init__(server, port, **options)
+
+
+class _SmtpTls(_Smtp, smtplib.SMTP_SSL):
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +73,7 @@ class Mail:
     def _deliver(self, message: EmailMessage) -> dict[str, tuple[int, bytes]]:
         """Send; returns the recipients that the server refused, if it took others."""
         context = ssl.create_default_context()
-        with Deadline(self.timeout_seconds) as deadline, contextlib.closing(self._connect(context)) as smtp:
-            deadline.watch(lambda: smtp.sock)
+        with Deadline(self.timeout_seconds) as deadline, contextlib.closing(self._connect(context, deadline)) as smtp:
             if self.security == "starttls":
                 smtp.starttls(context=context)
             if self.user:
@@ -72,12 +83,12 @@ class Mail:
                 smtp.quit()
             return refused
 
-    def _connect(self, context: ssl.SSLContext) -> smtplib.SMTP:
+    def _connect(self, context: ssl.SSLContext, deadline: Deadline) -> smtplib.SMTP:
         # smtplib would look up the name of this host in the DNS, which can take long.
-        name, seconds = socket.gethostname(), self.timeout_seconds
+        options = {"local_hostname": socket.gethostname(), "timeout": self.timeout_seconds}
         if self.security == "tls":
-            return smtplib.SMTP_SSL(self.server, self.port, local_hostname=name, timeout=seconds, context=context)
-        return smtplib.SMTP(self.server, self.port, local_hostname=name, timeout=seconds)
+            return _SmtpTls(deadline, self.server, self.port, context=context, **options)
+        return _Smtp(deadline, self.server, self.port, **options)
 
     def _message(self, notification: Notification) -> EmailMessage:
         message = EmailMessage()

@@ -1,20 +1,18 @@
 """Delivery of a notification to a webhook.
 
-http.client follows no redirect, so the message stays with the configured host, and it uses no proxy. No message of an
-error contains the path of the address or the body of an answer, because both may contain the secret of the webhook.
+No message of an error contains the path of the address or the body of an answer, because both may contain the secret
+of the webhook.
 """
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
-from urllib.parse import urlsplit
 
 from koopmon.config import NotifyEvent
-from koopmon.notify.deadline import Deadline
+from koopmon.http_client import exchange
 from koopmon.notify.message import Notification
 from koopmon.notify.target import NotAcceptedError
 
@@ -36,20 +34,11 @@ class Webhook:
 
     def send(self, notification: Notification) -> None:
         """Deliver. Raises NotAcceptedError if a retry would fail too, and any other error if it may succeed."""
-        parts = urlsplit(self.url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        path = f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
-        headers = {"Content-Type": "application/json", "User-Agent": "koopmon", "Connection": "close"}
+        headers = {"Content-Type": "application/json"}
         if self.token:
             headers["Authorization"] = f"Bearer {self.token}"
-        connection = kind(str(parts.hostname), parts.port, timeout=self.timeout_seconds)
-        with contextlib.closing(connection), Deadline(self.timeout_seconds) as deadline:
-            connection.connect()
-            opened = connection.sock  # http.client forgets it with the head of the answer
-            deadline.watch(lambda: opened)
-            connection.request("POST", path, self.body(notification), headers)
-            with contextlib.closing(connection.getresponse()) as answer:
-                status = answer.status
+        body = self.body(notification)
+        status = exchange("POST", self.url, body=body, headers=headers, seconds=self.timeout_seconds).status
         if 200 <= status < 300:
             return
         said = f"it answers {status} {http.client.responses.get(status, '')}".strip()

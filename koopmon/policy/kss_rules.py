@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from koopmon.config import KssConfig, PolicyConfig
@@ -73,7 +74,7 @@ def is_harmed(state: PolicyState, seen: Observation, config: PolicyConfig) -> bo
     before, after = state.loss_at_kss, seen.training.loss
     if state.kss_on_at is None or before is None or after is None:
         return False
-    return 0.0 < before * config.harm_ratio < after
+    return 0.0 < before * config.harm_ratio < after < math.inf
 
 
 def bar_kss(case: Case) -> Proposal | None:

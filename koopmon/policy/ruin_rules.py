@@ -7,12 +7,17 @@ from dataclasses import replace
 
 from koopmon.config import PolicyConfig
 from koopmon.policy import rate_rules
-from koopmon.policy.state import LOWERS_RATE, MAX_RATE, Action, Case, PolicyState, Proposal
+from koopmon.policy.state import (
+    LOWERS_RATE,
+    MAX_RATE,
+    NON_FINITE_SNAPSHOTS,
+    Action,
+    Case,
+    PolicyState,
+    Proposal,
+)
 from koopmon.risk.online_detector import Observation, OnlineRisk, normalization
 from koopmon.wire.messages import Rewind
-
-RESTORE_SNAPSHOTS = 2
-"""Snapshots in a row that are not finite after which the training returns to a copy. One alone may be a bad batch."""
 
 
 def _finite(value: float | None) -> bool | None:
@@ -87,7 +92,7 @@ def restore(case: Case) -> Proposal | None:
     state, config = case.state, case.config
     if not may_restore(case):
         return None
-    if not case.may_cut or state.ruined_streak < RESTORE_SNAPSHOTS:  # a lower rate repairs no NaN: no other rule
+    if not case.may_cut or state.ruined_streak < NON_FINITE_SNAPSHOTS:  # a lower rate repairs no NaN: no other rule
         return (), state, f"{sign_of_ruin(state, case.seen, case.risk, config)}: waits for the rewind"
     lowers = state.num_rewound > 0 or (case.risk.excess_rate or 0.0) >= 1.0
     scale = max(config.min_lr_scale, rate_rules.lower_scale(case)) if lowers else state.lr_scale

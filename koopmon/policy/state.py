@@ -34,6 +34,12 @@ LOWERS_RATE = ("auto", "lr", "kss+lr")
 """Policies that lower the learning rate."""
 USES_KSS = ("kss", "kss+lr")
 """Policies that use KSS."""
+NON_FINITE_SNAPSHOTS = 2
+"""Number of consecutive snapshots with a high risk, the last of which is not finite, before an action.
+
+One alone may be a batch that the loop drops, as GradScaler does. NaN is no early warning: the next snapshot follows
+within steps, and the copies are from before both.
+"""
 MIN_RATE, MAX_RATE = 1e-12, 1e6
 """Bounds on a cap of the learning rate, within those of the protocol."""
 
@@ -181,12 +187,14 @@ class Case:
 
     @property
     def severe(self) -> bool:
-        return self.seen.non_finite or self.risk.value >= self.config.severe_risk
+        if self.seen.non_finite:
+            return self.state.high_streak >= NON_FINITE_SNAPSHOTS
+        return self.risk.value >= self.config.severe_risk
 
     @property
     def alarmed(self) -> bool:
-        """True when the risk is severe, or high for `confirm_snapshots` snapshots."""
-        return self.severe or self.state.high_streak >= self.config.confirm_snapshots
+        """True when the risk is severe, or high for `confirm_snapshots` finite snapshots."""
+        return self.severe or (not self.seen.non_finite and self.state.high_streak >= self.config.confirm_snapshots)
 
     @property
     def lacks_warmup(self) -> bool:

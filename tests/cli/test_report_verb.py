@@ -150,7 +150,7 @@ def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("run", ["team/one", "two", "shared"])
 def test_it_finds_the_run_wherever_it_was_kept(state_home: Path, run: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", run]) == 0
-    page = state_home / f"koopmon-report-{run.replace('/', '_')}" / "report.html"
+    page = state_home / f"koopmon-report-{run.replace('/', ',')}" / "report.html"
     assert capsys.readouterr().out.splitlines()[-1] == str(page.relative_to(state_home))
     assert "down to 0.5 by 1 back-off, first at step 42" in page.read_text(encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -65,6 +66,7 @@ def make_guard(name: str = "lr", *, memory: bytes | None = None, step: int = 0, 
 
 
 def explode(guard: RunController, step: int = 10, *, now: float = 0.0) -> Assessment:
+    guard.policy_state = dataclasses.replace(guard.policy_state, high_streak=1)  # one alone is no alarm
     return guard.assess(now, sample(step), None, step=step)
 
 
@@ -123,7 +125,7 @@ def test_a_command_that_cannot_be_said_is_neither_recorded_nor_expected(
     fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guard = make_guard("kss+lr")
-    before = guard.policy_state
+    before = guard.policy_state = policy.PolicyState(high_streak=1)
     actions = (policy.Action(kind="stop", reason="sound"), policy.Action(**{"reason": "on purpose", **fields}))
 
     def decide(*_: Any) -> policy.Decision:
@@ -450,7 +452,7 @@ def test_replaced_commands_do_not_pile_up() -> None:
     guard = make_guard()
     counted = 0
     for number in range(500):  # a run whose step does not advance
-        guard.policy_state = policy.PolicyState()
+        guard.policy_state = policy.PolicyState(high_streak=1)
         guard.assess(float(number), sample(10), None, step=LAST_STEP)
         counted += len(guard.expire(float(number), 10, Applied()))
     assert len(guard.pending._pending) <= MAX_REPLACED + 4

@@ -7,12 +7,22 @@ import math
 import random
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from koopmon.config import MAX_STEPS, Config, MonitorConfig
 from koopmon.errors import ProtocolError
 from koopmon.history.schema import RunState
-from koopmon.monitor.registry import LAST_STEP, MAX_LAUNCHES, MAX_RETIRED, MAX_TURNOVER, Peer, Run, RunRegistry
+from koopmon.monitor.registry import (
+    LAST_STEP,
+    MAX_LAUNCHES,
+    MAX_RETIRED,
+    MAX_TURNOVER,
+    SILENT_SECONDS,
+    Peer,
+    Run,
+    RunRegistry,
+)
 from koopmon.monitor.run_controller import RunController
 from koopmon.risk.band import BandReading
 from koopmon.wire.authorized_keys import AuthorizedKeys
@@ -526,15 +536,93 @@ def test_a_run_is_launched_at_most_once_a_second_on_average(registry: RunRegistr
 
 def test_launches_under_many_names_are_limited_too() -> None:
     registry = RunRegistry(MonitorConfig(max_runs=2))
-    most = MAX_LAUNCHES + 2 * MAX_TURNOVER
+    most = (MAX_LAUNCHES + 2 * MAX_TURNOVER) // 2
     for number in range(most):
         admit(registry, 10.0, hello(f"job{number}"), b"p")
         registry.on_message(10.0, Goodbye(run=f"job{number}", incarnation=FIRST, process_rank=0, step=1), b"p")
-    with pytest.raises(ProtocolError, match=f"{most} new runs came within a minute"):
+    with pytest.raises(ProtocolError, match=f"{most} new runs came within a minute, {most} of them from this peer"):
         admit(registry, 69.9, hello("another"), b"p")
     admit(registry, 69.9, hello(f"job{most - 1}", rank=1), b"q")
     admit(registry, 69.9, hello(f"job{most - 1}", SECOND), b"p")
     admit(registry, 70.0, hello("another"), b"p")
+
+
+def begin_and_end(registry: RunRegistry, now: float, name: str, identity: bytes) -> None:
+    admit(registry, now, hello(name), identity)
+    registry.on_message(now, Goodbye(run=name, incarnation=FIRST, process_rank=0, step=1), identity)
+
+
+@pytest.mark.parametrize("num_flooding", [1, 2, 5])
+def test_peers_that_flood_new_runs_leave_room_for_others(num_flooding: int) -> None:
+    """However many hellos each of them sends; all together stay within the limit."""
+    registry = RunRegistry(MonitorConfig(max_runs=64))
+    num_begun = 0
+    for number in range(1000):
+        for peer in range(num_flooding):
+            with contextlib.suppress(ProtocolError):
+                begin_and_end(registry, 10.0, f"job{peer}.{number}", b"flood%d" % peer)
+                num_begun += 1
+    limit = MAX_LAUNCHES + 64 * MAX_TURNOVER
+    assert limit * num_flooding / (num_flooding + 2) < num_begun < limit
+    for number in range(10):
+        begin_and_end(registry, 10.0, f"honest{number}", b"honest%d" % number)
+    for number in range(1000):
+        with contextlib.suppress(ProtocolError):
+            begin_and_end(registry, 10.0, f"more{number}", b"more%d" % number)
+            num_begun += 1
+    assert num_begun + 10 == limit, "peers with a name each cannot exceed it either"
+    begin_and_end(registry, 70.0, "later", b"flood0")
+
+
+def test_a_full_monitor_makes_room_for_a_peer_that_has_fewer_runs() -> None:
+    """The oldest run without a snapshot of the peer with the most runs goes; a run with a snapshot never does."""
+    registry = RunRegistry(MonitorConfig(max_runs=4))
+    for number in range(3):
+        admit(registry, float(number), hello(f"flood{number}"), b"flood")
+    admit(registry, 3.0, hello(), b"p0")
+    registry.on_shard(4.0, shard())
+    first = admit(registry, 5.0, hello("new"), b"p1")
+    assert first.displaced is not None
+    assert first.displaced.name == "flood0"
+    assert first.displaced.state is RunState.VANISHED
+    assert first.removed == [first.displaced]
+    assert {run.name for run in registry} == {"flood1", "flood2", "job", "new"}
+    with pytest.raises(ProtocolError, match="max_runs"):
+        admit(registry, 5.0, hello("flood3"), b"flood")
+    with pytest.raises(ProtocolError, match="max_runs"):
+        admit(registry, 5.0, hello("equal"), b"p1")
+
+
+def test_a_full_monitor_makes_room_once_a_run_has_sent_nothing_but_its_hello() -> None:
+    registry = RunRegistry(MonitorConfig(max_runs=3))
+    admit(registry, 0.0, hello("alive"), b"p0")
+    registry.on_message(0.0, heartbeat(run="alive"), b"p0")
+    admit(registry, 0.0, hello("sampled"), b"p1")
+    registry.on_shard(0.0, msgspec.structs.replace(shard(), run="sampled"))
+    admit(registry, 0.0, hello("silent"), b"p2")
+    with pytest.raises(ProtocolError, match="max_runs"):
+        admit(registry, SILENT_SECONDS - 0.1, hello("new"), b"p3")
+    displaced = admit(registry, SILENT_SECONDS, hello("new"), b"p3").displaced
+    assert displaced is not None
+    assert displaced.name == "silent"
+
+
+def test_with_keys_the_connections_of_an_agent_count_together() -> None:
+    class Names:
+        def name_of(self, key: str) -> str:
+            return f"agent {key}"
+
+        def is_authorized(self, name: str, run: str) -> bool:
+            return True
+
+    registry = RunRegistry(MonitorConfig(max_runs=4), cast(AuthorizedKeys, Names()))
+    for number in range(4):
+        admit(registry, float(number), hello(f"flood{number}"), b"p%d" % number, key="a")
+    with pytest.raises(ProtocolError, match="max_runs"):
+        admit(registry, 4.0, hello("more"), b"p9", key="a")
+    displaced = admit(registry, 4.0, hello("other"), b"q0", key="b").displaced
+    assert displaced is not None
+    assert displaced.name == "flood0"
 
 
 def test_without_a_heartbeat_a_run_shows_what_its_hello_said(registry: RunRegistry) -> None:

@@ -49,7 +49,8 @@ def calm_profile(seed: int = 0) -> SpectralProfile:
 
 
 def explode(controller: RunController, step: int = 10, *, now: float = 0.0, latest: int | None = None) -> Assessment:
-    """A snapshot with states that are not finite: the policy backs off at once."""
+    """The second of two snapshots with a high risk, with states that are not finite: the policy backs off."""
+    controller.policy_state = replace(controller.policy_state, high_streak=1)
     return controller.assess(now, sample(step), None, step=step if latest is None else latest)
 
 
@@ -480,7 +481,7 @@ def test_a_command_beyond_the_protocol_leaves_the_policy_as_it_was(monkeypatch: 
         raise ProtocolError("refused", "too large")
 
     monkeypatch.setattr("koopmon.monitor.run_controller.encode_header", refuse)
-    before = controller.policy_state
+    before = controller.policy_state = replace(controller.policy_state, high_streak=1)
     assessment = explode(controller, step=10)
     assert isinstance(assessment.unencodable, ProtocolError)
     assert (assessment.decision, assessment.commands, controller.policy_state) == (None, (), before)
@@ -640,7 +641,7 @@ def test_snapshots_from_before_the_return_do_not_count() -> None:
     for step in range(11, 31):
         late = controller.assess(2.0, sample(step), None, step=40)
         assert (late.risk.value, late.commands, late.decision) == (0.0, (), None)
-    again = controller.assess(2.0, sample(37), None, step=40)
+    again = [controller.assess(2.0, sample(step), None, step=40) for step in (37, 38)][-1]
     assert again.risk.value == 1.0
     assert "rewind" in [command.kind for command in again.commands]
 

@@ -160,6 +160,9 @@ class MailServer(_Server):
         def reply(text: str) -> None:
             connection.sendall(text.encode() + b"\r\n")
 
+        if self.answers.get("greeting") == "drip":
+            self.drip(connection.sendall, b"220-more\r\n" * 1000)
+            return
         reply("220 mail ESMTP")
         while line := lines.readline():
             verb, _, rest = line.decode().strip().partition(" ")

@@ -104,6 +104,7 @@ def test_a_server_without_starttls_gets_no_message(mail_server: MailServer) -> N
         ("DATA.", "451 later", False, "it answers 451: .*later"),
         ("MAIL", "hang", False, "timed out|no complete answer"),
         ("MAIL", "drip", False, "no complete answer within 0.5 s"),
+        ("greeting", "drip", False, "no complete answer within 0.5 s"),
     ],
 )
 def test_an_answer_decides_on_a_retry(

@@ -31,6 +31,8 @@ from koopmon.wire.messages import Ack, Applied, KssSettings, Rate, Rewind
 from tests.factories import observation
 
 CALM, WATCH, HIGH, SEVERE = 0.01, 0.3, 0.7, 0.95
+NAN: dict[str, Any] = {"non_finite": True, "informative": False, "max_spectral_radius": None, "loss": math.nan}
+"""Fields of a snapshot of a training that is not finite."""
 
 
 @dataclass
@@ -136,10 +138,49 @@ def test_from_there_on_the_cuts_feel_for_what_is_bearable() -> None:
     assert [scale for _, scale in run.scales] == pytest.approx([0.5, 0.5 * 0.85, 0.5 * 0.85**2])
 
 
-def test_states_that_are_not_finite_are_severe() -> None:
+def test_states_that_are_not_finite_twice_are_severe() -> None:
     run = Run()
-    run.see(CALM, non_finite=True, informative=False)
-    assert run.scales == [(0, 0.25)]
+    run.see(CALM, steps=2, non_finite=True, informative=False)
+    assert run.scales == [(1, 0.25)]
+
+
+@pytest.mark.parametrize(
+    "before", [(), (CALM,) * 5, (WATCH,) * 5], ids=["at the start", "after calm", "before the alarm"]
+)
+@pytest.mark.parametrize("confirm", [1, 3])
+@pytest.mark.parametrize("excess", [None, 0.4, 6.0])
+@pytest.mark.parametrize("name", ["auto", "lr", "kss", "kss+lr"])
+@pytest.mark.parametrize("loss", [math.nan, 2.0, None])
+def test_single_snapshots_that_are_not_finite_change_nothing(
+    name: PolicyName, excess: float | None, confirm: int, before: tuple[float, ...], loss: float | None
+) -> None:
+    """A loop that drops such batches, as GradScaler does, keeps finite weights."""
+    run = Run(PolicyConfig(name=name, confirm_snapshots=confirm), excess=excess)
+    for risk in before:
+        run.see(risk, **normalised())
+    for _ in range(5):
+        run.see(1.0, **normalised(**{**NAN, "loss": loss}))
+        run.see(CALM, steps=3, **normalised())
+    assert run.actions == []
+
+
+def test_a_high_risk_before_it_makes_one_such_snapshot_an_alarm() -> None:
+    run = Run(PolicyConfig(name="lr", confirm_snapshots=3))
+    run.see(HIGH, **normalised())
+    run.see(1.0, **normalised(**NAN))
+    assert run.scales == [(1, 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_bad", "barred"), [(NAN, 1, False), (NAN, 2, True), ({"loss": math.inf}, 1, False)]
+)
+def test_kss_is_not_barred_by_one_batch(fields: dict[str, Any], num_bad: int, barred: bool) -> None:
+    run = Run(PolicyConfig(name="kss"))
+    run.see(HIGH, loss=2.0)
+    assert run.alphas
+    run.see(CALM, steps=run.config.kss_ramp_steps + run.config.cooldown_steps, loss=2.0)
+    run.see(CALM, steps=num_bad, **fields)
+    assert run.state.kss_barred is barred
 
 
 def test_confirmation_waits_for_as_many_high_snapshots_in_a_row() -> None:
@@ -452,7 +493,7 @@ def test_the_request_for_dense_snapshots_passes_a_spent_budget() -> None:
 
 
 def test_a_back_off_ends_the_calm_and_starts_the_count_of_high_snapshots_again() -> None:
-    """A back-off on a state that is not finite. Its risk may be low, and the snapshot before it calm."""
+    """A back-off on states that are not finite. Their risk may be low, and the snapshots before them calm."""
     run = Run(PolicyConfig(name="lr", confirm_snapshots=2, cooldown_steps=2, min_lr_scale=0.1))
     run.see(HIGH, steps=2)
     assert run.state.high_streak == 0
@@ -462,7 +503,7 @@ def test_a_back_off_ends_the_calm_and_starts_the_count_of_high_snapshots_again()
     assert len(run.scales) == 1, "one high snapshot after the back-off is no confirmed alarm"
     run = Run(PolicyConfig(name="lr", hold_steps=5, cooldown_steps=1))
     run.see(CALM, steps=20)
-    run.see(CALM, non_finite=True)
+    run.see(CALM, steps=2, non_finite=True)
     assert run.state.calm_since is None, "calm counts from after the back-off"
     run.see(CALM, steps=5)
     assert [scale for _, scale in run.scales] == [0.25]
@@ -867,7 +908,7 @@ def test_an_alarm_of_normalised_layers_caps_the_rate_and_rewinds() -> None:
 def test_otherwise_it_is_a_back_off(fields: dict[str, Any], config: dict[str, Any]) -> None:
     run = auto(**{key: value for key, value in config.items() if key != "excess"})
     run.excess = config.get("excess", run.excess)
-    decision = run.see(HIGH, **normalised(**fields))
+    decision = run.see(HIGH, steps=1 + ("non_finite" in fields), **normalised(**fields))
     (action,) = (action for action in decision.commands if action.changes_training)
     assert (action.kind, action.max_rate, action.rewind) == ("set_lr_scale", None, None)
     assert action.lr_scale is not None
@@ -964,7 +1005,7 @@ def test_a_cap_is_within_the_protocol_and_never_rises(
 def test_a_cap_ends_the_calm_and_starts_the_count_of_high_snapshots_again() -> None:
     run = auto()
     run.state = replace(run.state, calm_since=0)
-    run.see(CALM, **normalised(non_finite=True))
+    run.see(CALM, steps=2, **normalised(non_finite=True))
     assert run.state.num_rewinds == 1
     assert (run.state.calm_since, run.state.high_streak) == (None, 0)
 
@@ -1067,9 +1108,6 @@ def test_after_a_rewind_calm_and_alarms_count_from_new_snapshots() -> None:
 
 # A stop of a ruined training.
 
-NAN: dict[str, Any] = {"non_finite": True, "informative": False, "max_spectral_radius": None, "loss": math.nan}
-"""Fields of a snapshot of a training that is not finite."""
-
 
 def stopping(**fields: Any) -> Run:
     """A run that may be stopped after 3 snapshots over 10 steps."""
@@ -1093,10 +1131,10 @@ def test_a_training_that_is_not_finite_is_stopped_after_its_steps() -> None:
     run.see(CALM, steps=3, loss=2.0)
     run.see(1.0, steps=11, **NAN)
     assert stops(run) == []
-    decision = run.see(1.0, steps=2, **NAN)
+    decision = run.see(1.0, steps=3, **NAN)
     ((step, reason),) = stops(run)
     assert reason == f"stop: the states and the loss are not finite, for {step - 3} steps"
-    assert step - 3 in (10, 11, 12), "between two back-offs"
+    assert step - 3 in (11, 12, 13), "between two back-offs"
     assert decision.state.stopping
     (action,) = (action for _, action in run.actions if action.kind == "stop")
     assert (action.expires_in_steps, action.lr_scale, action.ramp_steps) == (run.config.expires_in_steps, None, 0)
@@ -1238,7 +1276,7 @@ def test_layers_that_are_more_normalised_than_not_are_capped(exponent: float, ca
     run = stopping(name="auto")
     run.excess = 6.0
     run.step = 20
-    run.state = replace(run.state, ruined_streak=12, ruined_since=0)
+    run.state = replace(run.state, high_streak=12, ruined_streak=12, ruined_since=0)
     run.see(1.0, **normalised(**{**NAN, "update_exponent": exponent}))
     assert [action.kind for _, action in run.actions] == ["set_lr_scale", "rewind"]
     assert (run.actions[0][1].max_rate is not None) == caps
@@ -1261,19 +1299,19 @@ def test_the_first_loss_is_the_first_finite_one() -> None:
 
 def test_a_stop_waits_for_the_effect_of_the_last_action() -> None:
     run = stopping(cooldown_steps=20)
-    run.see(1.0, steps=1, **NAN)
-    assert run.state.acted_at == 0
+    run.see(1.0, steps=2, **NAN)
+    assert run.state.acted_at == 1
     run.see(1.0, steps=19, **NAN)
     assert stops(run) == []
     run.see(1.0, **NAN)
-    assert [step for step, _ in stops(run)] == [20]
+    assert [step for step, _ in stops(run)] == [21]
 
 
 def test_a_stop_waits_while_a_rewind_may_help() -> None:
     run = Run(PolicyConfig(stop=True, stop_snapshots=3, stop_steps=10, max_rewinds=2))
     run.excess = 6.0
     broken = normalised(**NAN)
-    run.see(1.0, **broken)
+    run.see(1.0, steps=2, **broken)
     assert [action.kind for _, action in run.actions] == ["set_lr_scale", "rewind"]
     run.see(1.0, steps=60, **broken)
     assert stops(run) == [], "the rewind is not answered"

@@ -138,14 +138,6 @@ def test_what_a_peer_says_is_only_text(recorder: Recorder) -> None:
     check_harmless(recorder)
 
 
-def test_the_name_of_a_run_in_a_forged_store_is_only_text(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "h.sqlite3", run=f"a{HOSTILE}")
-    recorder.saw(1, 0.9, 3.0, profiled=True)
-    read = check_harmless(recorder)
-    assert read.headings[0][1].startswith("a</title></style><script>alert(1)</script>")
-    recorder.close()
-
-
 @pytest.mark.parametrize("scene", ["nothing", "no hello", "not finite", "one snapshot", "restarted", "many decisions"])
 def test_every_kind_of_run_has_a_page(recorder: Recorder, scene: str) -> None:
     if scene == "no hello":

@@ -1,4 +1,4 @@
-"""Time limit of one delivery: a socket timeout bounds each read, and a slow server could answer byte by byte."""
+"""Time limits of exchanges: a socket timeout bounds each read, and a slow server could answer byte by byte."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Deadline:
@@ -39,3 +42,36 @@ class Deadline:
         self._timer.cancel()
         if self.passed and error is not None:
             raise TimeoutError(f"no complete answer within {self._timer.interval:g} s") from error
+
+
+class LimitedCalls:
+    """Calls of a library whose sockets are out of reach, each in a daemon thread.
+
+    After `seconds` the caller goes on, and the thread is left behind. While it runs, further calls fail at once, so
+    that a server that never ends an answer costs one thread.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._thread: threading.Thread | None = None
+
+    def run(self, call: Callable[[], T]) -> T:
+        """Return `call()`. Raises TimeoutError, and every exception of the call."""
+        results: list[T] = []
+        errors: list[Exception] = []
+
+        def work() -> None:
+            try:
+                results.append(call())
+            except Exception as error:
+                errors.append(error)
+
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=work, name="koopmon-call", daemon=True)
+            self._thread.start()
+            self._thread.join(self._seconds)
+        if errors:
+            raise errors[0]
+        if not results:
+            raise TimeoutError(f"no complete answer within {self._seconds:g} s")
+        return results[0]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 
 import pytest
 
-from koopmon.notify.deadline import Deadline
+from koopmon.deadline import Deadline, LimitedCalls
 
 
 def read(sock: socket.socket, limit: Deadline, *, early: bool) -> None:
@@ -40,3 +41,30 @@ def test_nothing_is_shut_down_after_a_success() -> None:
         assert not limit.passed
         theirs.sendall(b"x")
         assert ours.recv(1) == b"x"
+
+
+def test_a_call_that_does_not_end_is_left_behind_once() -> None:
+    """Further calls fail without a thread of their own until it has ended."""
+    calls, released, began = LimitedCalls(0.05), threading.Event(), []
+
+    def wait() -> None:
+        began.append(threading.current_thread())
+        released.wait()
+
+    for _ in range(3):
+        with pytest.raises(TimeoutError, match=r"no complete answer within 0\.05 s"):
+            calls.run(wait)
+    assert len(began) == 1
+    assert began[0].daemon
+    released.set()
+    began[0].join()
+    assert LimitedCalls(60.0).run(lambda: 3) == 3
+    assert calls.run(lambda: None) is None
+
+
+def test_the_error_of_a_call_reaches_the_caller() -> None:
+    def fail() -> None:
+        raise KeyError("own")
+
+    with pytest.raises(KeyError, match="own"):
+        LimitedCalls(60.0).run(fail)
