@@ -424,6 +424,29 @@ def monitor_load(told: Document) -> list[str]:
     ]
 
 
+AGES = ("median", "p95")
+
+
+def judged_age(told: Document) -> list[str]:
+    """Write the ages by load, and the load that the engine bears."""
+    rows = [
+        [
+            f"x {load}",
+            f"{found['sent']:,}",
+            f"{found['judged']:,}",
+            *(f"{found[name]:.2f}" for name in ("median", "p95")),
+        ]
+        for load, found in told["loads"].items()
+    ]
+    every, machine = told["bearable_interval_seconds"], told["provenance"]["machine"]
+    where = f"{machine['cores']} cores ({machine['cpu']}) at a load of {told['load_average']:.1f}"
+    return [
+        *table(["load", "snapshots sent", "judged", "median age in snapshots", "95th percentile"], rows),
+        "",
+        *paragraph([f"The engine bears one snapshot every {1e3 * every:.0f} ms. Measured on {where}."]),
+    ]
+
+
 def history_size(told: Document) -> list[str]:
     """Write sizes and CPU times of today's form beside those of the form before, then the times of reading."""
     rows = [
@@ -509,6 +532,7 @@ WRITERS: Mapping[str, Callable[[Document], list[str]]] = {
     "flood_and_kill": flood_and_kill,
     "restarts": restarts,
     "history_size": history_size,
+    "judged_age": judged_age,
     "alert_lead": alert_lead,
     "monitor_load": monitor_load,
     "max_rate": max_rate,
