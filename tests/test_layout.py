@@ -95,6 +95,7 @@ TESTED_IN = {
     "koopmon/history/database.py": "tests/history/test_durability.py",
     "koopmon/history/journal.py": "tests/history/test_durability.py",
     "koopmon/history/retention.py": "tests/history/test_durability.py",
+    "koopmon/history/rows.py": "tests/history/test_reader.py",
     "koopmon/history/schema.py": "tests/history/test_durability.py",
     "koopmon/monitor/http/address.py": "tests/monitor/http/test_server.py",
     "koopmon/monitor/history_sink.py": "tests/monitor/test_sinks.py",
