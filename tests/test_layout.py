@@ -40,6 +40,7 @@ TESTED_IN = {
     "koopmon/agent/capture/training_forwards.py": "tests/agent/capture/test_training_modes.py",
     "koopmon/agent/comms/io_thread.py": "tests/agent/test_dead_peers.py",
     "koopmon/agent/control/all_actions.py": "tests/agent/control/test_actuator.py",
+    "koopmon/agent/control/command_judge.py": "tests/agent/control/test_actuator.py",
     "koopmon/agent/handle.py": "tests/agent/test_attach.py",
     "koopmon/agent/rank_identity.py": "tests/agent/test_parallelism.py",
     "koopmon/agent/roles.py": "tests/agent/test_lifecycle.py",
