@@ -70,7 +70,7 @@ GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("tests/monitor/test_registry.py", "tests/monitor/test_sinks.py", "tests/monitor/test_service.py"),
     ),
     (("koopmon/agent/capture/schedule.py",), ("tests/agent/capture/test_schedule.py",)),
-    (("koopmon/agent/control/a*.py",), ("tests/agent/control/test_a*.py",)),
+    (("koopmon/agent/control/a*.py", "koopmon/agent/control/command_judge.py"), ("tests/agent/control/test_a*.py",)),
     (("koopmon/agent/control/ceilings.py",), ("tests/agent/control/test_ceilings.py",)),
     (("koopmon/agent/control/writing_weights.py",), ("tests/agent/control/test_writing_weights.py",)),
     (("koopmon/agent/control/kss/*.py",), ("tests/agent/control/kss/test_*.py",)),

@@ -22,7 +22,8 @@ from koopmon.agent.capture.sampler import Sampler
 from koopmon.agent.capture.schedule import SnapshotSchedule
 from koopmon.agent.comms.io_thread import IOThread
 from koopmon.agent.control.action import ControlAction
-from koopmon.agent.control.actuator import Actuator, CommandResult, RampBack, Request
+from koopmon.agent.control.actuator import Actuator, RampBack, Request
+from koopmon.agent.control.command_judge import CommandResult
 from koopmon.agent.control.state import ControlState
 from koopmon.agent.parallelism import DataRanks, ParallelLayout
 from koopmon.agent.rank_identity import RankContext

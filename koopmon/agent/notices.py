@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.optim import Optimizer
 
-from koopmon.agent.control.actuator import CommandResult
+from koopmon.agent.control.command_judge import CommandResult
 from koopmon.agent.stats import AgentStats
 from koopmon.errors import one_line
 from koopmon.logs import tell

@@ -16,7 +16,8 @@ from koopmon.agent.circuit_breaker import CircuitBreaker, logger
 from koopmon.agent.comms.control_channel import RankInfo
 from koopmon.agent.comms.io_thread import IOThread
 from koopmon.agent.control.action import ControlAction
-from koopmon.agent.control.actuator import Actuator, CommandResult
+from koopmon.agent.control.actuator import Actuator
+from koopmon.agent.control.command_judge import CommandResult
 from koopmon.agent.control.kept_settings import VARIABLE, KeptSettings
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rank_group import RankGroup, ReplicaFingerprint

@@ -14,7 +14,8 @@ from koopmon.cli.launch_inspection import monitor_store, run_store
 from koopmon.errors import StoreError
 
 if TYPE_CHECKING:
-    from koopmon.history.reader import HistoryReader, RunOverview
+    from koopmon.history.reader import HistoryReader
+    from koopmon.history.rows import RunOverview
 
 MAX_STORES = 50
 """Maximum number of history files, the newest first, to search for a name or for the latest run."""

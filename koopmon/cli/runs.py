@@ -20,7 +20,7 @@ from koopmon.cli.options import AsJson, HistoryFile, option, run_names
 from koopmon.errors import ConfigError, StoreError, one_line
 
 if TYPE_CHECKING:
-    from koopmon.history.reader import RunOverview
+    from koopmon.history.rows import RunOverview
 
 _UNITS = {"m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
 

@@ -20,7 +20,7 @@ from koopmon import config as configuration
 from koopmon.agent.capture.forward_kind import recomputing
 from koopmon.agent.capture.sampler import RankSnapshot
 from koopmon.agent.comms.io_thread import IOThread
-from koopmon.agent.control.actuator import CommandResult
+from koopmon.agent.control.command_judge import CommandResult
 from koopmon.agent.runtime import AgentRuntime
 from koopmon.api import Stack
 from koopmon.conformance.harness import Bench, at_points, seeded

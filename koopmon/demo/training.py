@@ -16,7 +16,8 @@ from statistics import fmean
 from typing import Any
 
 from koopmon.errors import KoopmonError, StoreError
-from koopmon.history.reader import HistoryReader, ObservationRow
+from koopmon.history.reader import HistoryReader
+from koopmon.history.rows import ObservationRow
 from koopmon.views.run_view import DecisionView, training_commands
 
 SCRIPT = Path(__file__).with_name("train.py")

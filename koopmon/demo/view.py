@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from koopmon.demo.training import DemoRecord, DemoResult, LoggedStep
-from koopmon.history.reader import ObservationRow
+from koopmon.history.rows import ObservationRow
 from koopmon.views.run_summary import RunSummary
 from koopmon.views.run_view import training_commands
 

@@ -5,167 +5,35 @@ from __future__ import annotations
 import os
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeAlias, TypeVar
+from typing import Any, Self
 from urllib.parse import quote
 
 import msgspec
-from msgspec import Meta
 
 from koopmon.errors import StoreError, one_line
 from koopmon.history.database import is_held
-from koopmon.history.plain_profile import PlainProfile, unpack
-from koopmon.history.schema import PACKED, SQLITE_ERRORS, check, from_scalar, unpacked_layers
-from koopmon.wire.messages import MEASURED, Applied, AtStep, Command, Hello, RunName, TrainingStep
-
-Time = Annotated[float, Meta(ge=0.0, le=2.5e11)]
-"""Unix seconds. The last years of datetime are beyond the bound."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunRow:
-    """One run with all its launches. Times are Unix seconds; `state` is a `koopmon.history.schema.RunState`."""
-
-    name: RunName
-    """Its allowed characters need no escapes in a page, a terminal or a file name."""
-    first_seen: Time
-    last_seen: Time
-    state: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOverview(RunRow):
-    """One run with its counts and extremes over all launches. Steps are optimizer steps; None means unknown."""
-
-    num_launches: int
-    num_snapshots: int
-    last_step: int | None
-    max_risk: float | None
-    loss: float | None
-    """The last known loss."""
-    lr_scale: float
-    """LR scale at the last snapshot."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IncarnationRow:
-    """One launch of a run. Times are Unix seconds; `ended` is None while the launch runs."""
-
-    run: RunName
-    incarnation: str
-    started: Time
-    ended: Time | None
-    end_reason: str | None
-    hello: Hello | None
-    applied: Applied | None
-
-
-class ProfileHead(msgspec.Struct, frozen=True, kw_only=True):
-    """One snapshot without its profile, which has almost all of the bytes. `id` is the number of its row."""
-
-    id: int
-    incarnation: str
-    step: int
-    time: Time
-    num_shards: int
-    masked: bool
-    seconds: float
-    non_finite: bool
-
-
-class ProfileRow(ProfileHead, frozen=True, kw_only=True):
-    """One snapshot. `profile` is None when the states were not finite."""
-
-    profile: PlainProfile | None
-    observables: dict[str, list[float | None]]
-    """Measurements of the model family by name: one value per transition."""
-
-
-class AssessmentRow(AtStep, msgspec.Struct, frozen=True, kw_only=True):
-    """The risk of one snapshot with its reason and components."""
-
-    incarnation: str
-    training: TrainingStep
-    time: Time
-    informative: bool
-    non_finite: bool
-    risk: float
-    reason: str
-    components: dict[str, float | None]
-
-
-class ObservationRow(AssessmentRow, frozen=True, kw_only=True):
-    """One input of the detector with its assessment."""
-
-    observation: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommandRow:
-    """One command.
-
-    `outcome` is "pending", "sent", "dry_run", "unanswered", or the outcome of its last ack, at step `acked_step`.
-    """
-
-    command: Command
-    time: Time
-    outcome: str
-    acked_step: int | None
-    detail: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecisionRow:
-    """One decision of the policy with its commands."""
-
-    incarnation: str
-    step: int
-    time: Time
-    phase: str
-    reason: str
-    risk: float
-    commands: tuple[CommandRow, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoggedRow:
-    """One value of a logged scalar with its band; None where it is not finite, or not known."""
-
-    step: int
-    value: float | None
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeartbeatRow(AtStep):
-    """The scalars of one heartbeat; None means unknown."""
-
-    incarnation: str
-    process_rank: int
-    time: Time
-    training: TrainingStep
-    step_seconds: float | None
-    overhead_ratio: float
-    logged: dict[str, LoggedRow]
-    """Readings of the scalars that the user's loop logs, by name."""
-
-
-class _Seen(msgspec.Struct):
-    """The part of an observation that an assessment has."""
-
-    informative: Any = False
-    """Another type than a bool counts as False: replay names the step of such a row."""
-
-
-_decode_seen = msgspec.json.Decoder(_Seen).decode
-_decode_components = msgspec.json.Decoder(dict[str, float | None]).decode
-
-R = TypeVar("R")
-Row: TypeAlias = sqlite3.Row | Mapping[str, Any]
+from koopmon.history.rows import (
+    AssessmentRow,
+    DecisionRow,
+    HeartbeatRow,
+    IncarnationRow,
+    ObservationRow,
+    ProfileHead,
+    ProfileRow,
+    RunOverview,
+    RunRow,
+    assessment_row,
+    observation_of,
+    profile_head,
+    profile_row,
+    row_of,
+    training_of,
+)
+from koopmon.history.schema import SQLITE_ERRORS, check, from_scalar
+from koopmon.wire.messages import Applied, Command, Hello, RunName
 
 _OF_RUN = " JOIN incarnations ON incarnations.id = t.incarnation_id JOIN runs ON runs.id = run_id WHERE name = ?"
 
@@ -237,19 +105,19 @@ class HistoryReader:
         """Return the row of one run; None when the store does not hold it."""
         with self._reading("runs"):
             row = self._database.execute("SELECT * FROM runs WHERE name = ?", (name,)).fetchone()
-            return None if row is None else _row(row, RunRow)
+            return None if row is None else row_of(row, RunRow)
 
     def recent_runs(self, most: int) -> list[RunRow]:
         """Return the `most` runs with the latest activity, latest first."""
         query = "SELECT * FROM runs ORDER BY last_seen DESC, id DESC LIMIT ?"
         with self._reading("runs"):
-            return [_row(row, RunRow) for row in self._database.execute(query, (most,))]
+            return [row_of(row, RunRow) for row in self._database.execute(query, (most,))]
 
     def overview(self) -> list[RunOverview]:
         """Return all runs with their counts and extremes, oldest first. No profile and no observation is decoded."""
         with self._reading("runs"):
             rows = self._database.execute(_OVERVIEW).fetchall()
-            return [_row(row, RunOverview, loss=from_scalar(row["loss"])) for row in rows]
+            return [row_of(row, RunOverview, loss=from_scalar(row["loss"])) for row in rows]
 
     def incarnations(self, run: str) -> list[IncarnationRow]:
         query = (
@@ -257,7 +125,7 @@ class HistoryReader:
         )
         with self._reading("incarnations"):
             return [
-                _row(
+                row_of(
                     row,
                     IncarnationRow,
                     hello=None if row["hello"] is None else msgspec.json.decode(row["hello"], type=Hello),
@@ -270,14 +138,14 @@ class HistoryReader:
         """Yield snapshots; without `eigenvalues`, profiles have none and are read in a third of the time."""
         with self._reading("profiles"):
             for row in self._of_run("profiles", run, last):
-                yield _profile(row, eigenvalues=eigenvalues)
+                yield profile_row(row, eigenvalues=eigenvalues)
 
     def profile_heads(self, run: str) -> Iterator[ProfileHead]:
         """Yield all snapshots of a run without their profiles."""
         columns = ", ".join(name for name in ProfileHead.__struct_fields__ if name != "id")
         with self._reading("profiles"):
             yield from map(
-                _head, self._dicts(f"SELECT t.id, {columns} FROM profiles AS t{_OF_RUN} ORDER BY t.id", (run,))
+                profile_head, self._dicts(f"SELECT t.id, {columns} FROM profiles AS t{_OF_RUN} ORDER BY t.id", (run,))
             )
 
     def profiles_at(self, ids: Iterable[int]) -> Iterator[ProfileRow]:
@@ -288,32 +156,32 @@ class HistoryReader:
         )
         with self._reading("profiles"):
             for row in self._database.execute(query, (msgspec.json.encode(list(ids)).decode(),)):
-                yield _profile(row)
+                yield profile_row(row)
 
     def observations(self, run: str, *, last: int | None = None) -> Iterator[ObservationRow]:
         with self._reading("observations"):
             for row in self._of_run("observations", run, last):
-                yield _assessed(row, ObservationRow, observation=_observation(row))
+                yield assessment_row(row, ObservationRow, observation=observation_of(row))
 
     def assessments(self, run: str, *, last: int | None = None) -> Iterator[AssessmentRow]:
         """Yield the rows of `observations` without the input of the detector, in less time."""
         with self._reading("observations"):
             for row in self._of_run("observations", run, last):
-                yield _assessed(row, AssessmentRow)
+                yield assessment_row(row, AssessmentRow)
 
     def decisions(self, run: str, *, last: int | None = None) -> Iterator[DecisionRow]:
         with self._reading("decisions"):
             for row in self._of_run("decisions", run, last):
-                yield _row(row, DecisionRow, commands=tuple(self._commands(row["id"])))
+                yield row_of(row, DecisionRow, commands=tuple(self._commands(row["id"])))
 
     def heartbeats(self, run: str, *, last: int | None = None) -> Iterator[HeartbeatRow]:
         with self._reading("heartbeats"):
             for row in self._of_run("heartbeats", run, last):
                 text = row["logged"] if "logged" in row.keys() else None  # noqa: SIM118 - a row has no "in"
-                yield _row(
+                yield row_of(
                     row,
                     HeartbeatRow,
-                    training=_training(row),
+                    training=training_of(row),
                     step_seconds=from_scalar(row["step_seconds"]),
                     logged={} if text is None else msgspec.json.decode(text),
                 )
@@ -373,47 +241,3 @@ def _tidy(path: Path) -> None:
 
 def _address(path: Path, mode: str) -> str:
     return f"file:{quote(str(path.resolve()))}?mode={mode}"
-
-
-def _head(row: Row) -> ProfileHead:
-    return _row(row, ProfileHead, masked=bool(row["masked"]), non_finite=bool(row["non_finite"]))
-
-
-def _profile(row: Row, *, eigenvalues: bool = True) -> ProfileRow:
-    head = _head(row)
-    profile, observables = unpack(row["profile"], non_finite=head.non_finite, eigenvalues=eigenvalues)
-    return ProfileRow(**msgspec.structs.asdict(head), profile=profile, observables=observables)
-
-
-def _assessed(row: Mapping[str, Any], kind: type[R], **values: Any) -> R:
-    return _row(
-        row,
-        kind,
-        training=_training(row),
-        informative=_decode_seen(row["observation"]).informative is True,
-        non_finite=bool(row["non_finite"]),
-        components=_decode_components(row["components"]),
-        **values,
-    )
-
-
-def _observation(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the input of the detector without the scalars of the training. Earlier versions kept all in JSON."""
-    known = msgspec.json.decode(row["observation"], type=dict[str, Any])
-    for name in PACKED:
-        if (packed := row.get(name)) is not None:
-            known[name] = unpacked_layers(name, packed)
-    return known
-
-
-def _training(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the known fields of the row's TrainingStep. A store of an earlier koopmon may lack some columns."""
-    known = {name: value for name in TrainingStep.__struct_fields__ if (value := row.get(name)) is not None}
-    if str in map(type, known.values()):  # NaN
-        known |= {name: from_scalar(known[name]) for name in MEASURED if name in known}
-    return known
-
-
-def _row(row: Row, kind: type[R], **values: Any) -> R:
-    """Build a row of the columns that match its fields; `values` overrides columns that need conversion."""
-    return msgspec.convert({**row, **values}, kind)

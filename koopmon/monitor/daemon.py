@@ -20,10 +20,11 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 
 from koopmon import __version__
 from koopmon.config import Config, checked
-from koopmon.errors import EndpointError, ProtocolError
+from koopmon.errors import ProtocolError
 from koopmon.grafana.access import check_url, read_access
 from koopmon.grafana.annotations import Annotate, Annotations, no_annotations
 from koopmon.history.background_writer import BackgroundWriter
+from koopmon.monitor.channels import Channels
 from koopmon.monitor.engine import Engine, Result, check_device
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.history_sink import COMMIT_SECONDS
@@ -44,11 +45,8 @@ from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.auth_policy import make_auth_policy
 from koopmon.wire.authorized_keys import AuthorizedKeys
 from koopmon.wire.codec import decode_for_monitor, decode_shard, encode
-from koopmon.wire.endpoints import is_loopback
 from koopmon.wire.headers import Frame, WireLimits
 from koopmon.wire.messages import PROTOCOL_VERSION, HeartbeatReply, MonitorMessage, Refused
-from koopmon.wire.sockets import ControlServer, DataReceiver, Poller
-from koopmon.wire.transport import WireContext
 from koopmon.wire.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
@@ -65,8 +63,6 @@ GATHER_SECONDS = 0.05
 
 Each turn of the loop costs as much as a heartbeat or two.
 """
-REOPEN_SECONDS = 30.0
-"""Time in seconds for which an address that another process took meanwhile is tried again."""
 RECEIVE_SECONDS = 5.0
 """Maximum time in seconds for reading the messages that have arrived at shutdown: peers may go on sending."""
 DRAIN_SECONDS = 60.0
@@ -152,7 +148,7 @@ class Monitor:
         outputs = self._open_outputs(stack, registry)
         self._rejection_log = RejectionLog(outputs.metrics, time.monotonic)
         self._failures = Failures(outputs.metrics, time.monotonic)
-        agents = self._open_wire(stack)
+        agents = self._open_channels(stack)
         http = self._open_http(stack, registry, outputs)
         scheme = "http" if self._tls is None else "https"
         outputs = self._open_notifier(stack, outputs, f"{scheme}://{reachable(http)}/")
@@ -164,7 +160,7 @@ class Monitor:
             stack.callback(push.close)
         if self.config.monitor.trainer_status and (status := open_status(outputs.metrics, os.environ)) is not None:
             stack.callback(status.close)
-        self._addresses = Addresses(self._control.endpoint, self._data.endpoint, http, scheme)
+        self._addresses = Addresses(self._channels.control.endpoint, self._channels.data.endpoint, http, scheme)
 
     def _open_outputs(self, stack: ExitStack, registry: CollectorRegistry) -> Outputs:
         """Open the history, the metrics, the live page's state, and the connection to Grafana."""
@@ -178,25 +174,17 @@ class Monitor:
         metrics = Metrics(registry, _build())
         return Outputs(history=history, metrics=metrics, live_state=LiveState(), annotate=annotate)
 
-    def _open_wire(self, stack: ExitStack) -> AuthorizedKeys | None:
+    def _open_channels(self, stack: ExitStack) -> AuthorizedKeys | None:
         """Open both channels. Returns the agents' keys; None without key authentication."""
-        stack.callback(lambda: self._wire.close())
-        self._open_sockets(self.bind, self.data_bind)
-        self._check_alike()
-        return self._wire.agents
-
-    def _open_sockets(self, bind: str, data_bind: str | None) -> None:
         monitor = self.config.monitor
         limits = WireLimits(
             max_header_bytes=monitor.max_header_bytes,
             max_message_bytes=monitor.max_message_bytes,
             max_frames=monitor.max_layers + 2,
         )
-        self._wire = WireContext(self._trust)
-        self._control = ControlServer(self._wire, bind, limits=limits)
-        self._data = DataReceiver(self._wire, data_bind or _data_beside(self._control.endpoint), limits=limits)
-        self._poller = Poller(self._wakeup, self._control, self._data)
-        self._data_poller = Poller(self._wakeup, self._data)
+        self._channels = Channels(self.bind, self.data_bind, trust=self._trust, limits=limits, wakeup=self._wakeup)
+        stack.callback(self._channels.close)
+        return self._channels.agents
 
     def _open_http(self, stack: ExitStack, registry: CollectorRegistry, outputs: Outputs) -> str:
         """Open the web server. Returns its address."""
@@ -246,31 +234,12 @@ class Monitor:
             engine=self._engine,
             rejection_log=self._rejection_log,
             send=self._send,
-            data_endpoint=self._data.endpoint,
+            data_endpoint=self._channels.data.endpoint,
             agents=agents,
             calibrator=self._calibrator,
             build=_build(),
             failures=self._failures,
         )
-
-    def _check_alike(self) -> None:
-        """Raise EndpointError unless both channels require keys, or neither does.
-
-        Data is attributed to the peer authenticated on the control channel, so both must use the same authentication.
-        """
-        control, data = self._control, self._data
-        if control.requires_keys != data.requires_keys:
-            demanding, other = (control, data) if control.requires_keys else (data, control)
-            raise EndpointError(
-                f"endpoint {demanding.endpoint!r} demands keys and {other.endpoint!r} does not: bind both alike, or set"
-                " [security] loopback = 'curve'"
-            )
-        for server in (control, data):
-            if not server.requires_keys and not is_loopback(server.endpoint):
-                logger.warning(
-                    "monitor: %s is plaintext: anyone who can reach it can read and command the training",
-                    server.endpoint,
-                )
 
     def _loop(self) -> None:
         while not self._stop:
@@ -299,29 +268,16 @@ class Monitor:
             self._memory.max_bytes / (1 << 30),
         )
         self._rejection_log.note("flood", "the messages that peers have begun fill the memory")
-        addresses = self._control.endpoint, self._data.endpoint
-        # An ipc path can be bound again only after its context is closed.
-        self._wire.close()
-        until = time.monotonic() + REOPEN_SECONDS
-        while True:
-            try:
-                self._open_sockets(*addresses)
-            except EndpointError:
-                self._wire.close()
-                if time.monotonic() >= until:
-                    raise
-                time.sleep(FAILED_WAIT_SECONDS)
-            else:
-                return
+        self._channels.reopen()
 
     def _wait(self) -> None:
         now = time.monotonic()
         try:
             until = min(self._service.next_deadline(), now + MAX_WAIT_SECONDS)
             if now < (gathered_at := self._control_read_at + GATHER_SECONDS):
-                self._data_poller.wait(max(0.0, min(until, gathered_at) - now))
+                self._channels.wait(min(until, gathered_at) - now, data_only=True)
             else:
-                self._poller.wait(max(0.0, until - now))
+                self._channels.wait(until - now)
         except Exception as error:
             self._failures.note("loop", error)
             time.sleep(FAILED_WAIT_SECONDS)
@@ -330,7 +286,7 @@ class Monitor:
             self.turned()
 
     def _note_refusals(self) -> None:
-        for refusal in [*self._control.take_refusals(), *self._data.take_refusals()]:
+        for refusal in self._channels.take_refusals():
             self._rejection_log.note(refusal.reason, refusal.detail, count=refusal.number)
 
     def _finish(self) -> None:
@@ -363,28 +319,30 @@ class Monitor:
 
         A peer with another protocol version receives a refusal: it can read the version prefix, which gives the reason.
         """
+        control = self._channels.control
         for count in range(most):
             with self._rejecting():
-                received = self._control.recv()
+                received = control.recv()
                 if received is None:
                     return count
                 peer, frames = received
                 try:
-                    message = decode_for_monitor(frames, limits=self._control.limits)
+                    message = decode_for_monitor(frames, limits=control.limits)
                 except ProtocolError as error:
                     if error.reason == "version":
                         self._send(peer, Refused(run="unknown", incarnation="0" * 8, reason=error.detail[:512]))
                     raise
-                self._service.on_control(peer, message, self._control.sender_key)
+                self._service.on_control(peer, message, control.sender_key)
         return most
 
     def _receive_data(self, most: int) -> int:
+        data = self._channels.data
         for count in range(most):
             with self._rejecting():
-                frames = self._data.recv()
+                frames = data.recv()
                 if frames is None:
                     return count
-                self._service.on_shard(decode_shard(frames, limits=self._data.limits), self._data.sender_key)
+                self._service.on_shard(decode_shard(frames, limits=data.limits), data.sender_key)
         return most
 
     @contextmanager
@@ -415,7 +373,7 @@ class Monitor:
         try:
             # A run that changes nothing gets the same reply again and again.
             frames = _encoded_reply(message) if isinstance(message, HeartbeatReply) else encode(message)
-            return self._control.send(peer, frames)
+            return self._channels.control.send(peer, frames)
         except Exception as error:
             self._failures.note("message", error, run=message.run)
             return False
@@ -427,13 +385,6 @@ class Monitor:
 @functools.lru_cache(maxsize=1024)
 def _encoded_reply(reply: HeartbeatReply) -> list[Frame]:
     return encode(reply)
-
-
-def _data_beside(endpoint: str) -> str:
-    """Return a data endpoint beside `endpoint`: another port of its address, or another socket in its directory."""
-    if endpoint.startswith("ipc://"):
-        return f"{endpoint}-data"
-    return f"{endpoint.rpartition(':')[0]}:0"
 
 
 def _build() -> dict[str, str]:

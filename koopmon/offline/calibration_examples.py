@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from koopmon.history.reader import HistoryReader, IncarnationRow, ObservationRow, ProfileRow
+from koopmon.history.reader import HistoryReader
+from koopmon.history.rows import IncarnationRow, ObservationRow, ProfileRow
 from koopmon.risk.calibration import Example
 from koopmon.risk.initial_score import initial_risk
 from koopmon.spectral import SpectralProfile

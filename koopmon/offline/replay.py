@@ -14,7 +14,8 @@ import msgspec
 from koopmon import policy
 from koopmon.config import Config, with_hints
 from koopmon.errors import StoreError, one_line
-from koopmon.history.reader import HistoryReader, IncarnationRow, ObservationRow
+from koopmon.history.reader import HistoryReader
+from koopmon.history.rows import IncarnationRow, ObservationRow
 from koopmon.risk import online_detector
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from koopmon.history.reader import HistoryReader, ObservationRow
+from koopmon.history.reader import HistoryReader
+from koopmon.history.rows import ObservationRow
 from koopmon.views.run_summary import RecordedRun, State, state_of, summary_of
 from koopmon.views.run_view import TimelinePoint
 

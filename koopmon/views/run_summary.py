@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from koopmon.errors import NOT_WATCHED, StoreError
-from koopmon.history.reader import HeartbeatRow, HistoryReader, IncarnationRow
+from koopmon.history.reader import HistoryReader
+from koopmon.history.rows import HeartbeatRow, IncarnationRow
 from koopmon.history.schema import RunState
 from koopmon.views.run_view import DecisionView, TimelinePoint
 from koopmon.wire.messages import TrainingStep

@@ -18,7 +18,7 @@ from koopmon.wire.messages import AtStep
 
 if TYPE_CHECKING:
     from koopmon.config import KssConfig, PolicyConfig
-    from koopmon.history.reader import AssessmentRow, DecisionRow, HeartbeatRow
+    from koopmon.history.rows import AssessmentRow, DecisionRow, HeartbeatRow
     from koopmon.policy import Action, PolicyState
     from koopmon.risk.online_detector import Observation, OnlineRisk
     from koopmon.views.action_effects import Effect

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from koopmon.history.plain_profile import PlainProfile
-from koopmon.history.reader import ProfileHead, ProfileRow
+from koopmon.history.rows import ProfileHead, ProfileRow
 from koopmon.telemetry.metrics import layer_buckets
 
 QUANTITIES: Mapping[str, str] = {

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from koopmon.agent.control.actuator import CommandResult
+from koopmon.agent.control.command_judge import CommandResult
 from koopmon.agent.runtime import AgentRuntime
 from koopmon.config import from_mapping
 from koopmon.conformance.training import Notebook

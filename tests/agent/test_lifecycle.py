@@ -10,8 +10,9 @@ import torch
 
 from koopmon.agent.capture.schedule import OverheadBudget, SnapshotSchedule
 from koopmon.agent.circuit_breaker import CircuitBreaker
-from koopmon.agent.control.actuator import Actuator, CommandResult
+from koopmon.agent.control.actuator import Actuator
 from koopmon.agent.control.all_actions import make_actions
+from koopmon.agent.control.command_judge import CommandResult
 from koopmon.agent.control.loop_requests import LoopRequest
 from koopmon.agent.lifecycle import (
     Acting,

@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW
 
 import koopmon
 from koopmon.agent import notices as notices_module
-from koopmon.agent.control.actuator import CommandResult
+from koopmon.agent.control.command_judge import CommandResult
 from koopmon.agent.notices import MAX_REFUSALS, Notices, model_name
 from koopmon.agent.stats import AgentStats
 from koopmon.wire.messages import Applied

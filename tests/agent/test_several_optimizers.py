@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 import koopmon
 from koopmon.agent.control import rewind as rewind_module
-from koopmon.agent.control.actuator import CommandResult
+from koopmon.agent.control.command_judge import CommandResult
 from koopmon.wire.messages import Applied, Rewind
 from tests.agent.bench import attached, outcomes, submit
 from tests.agent.models import Model, batch, build, loss_of

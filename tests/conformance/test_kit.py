@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.agent.capture.sampler import Sampler
-from koopmon.agent.control.actuator import Actuator, CommandResult, _towards
+from koopmon.agent.control.action import towards
+from koopmon.agent.control.command_judge import CommandJudge, CommandResult
 from koopmon.agent.control.kss.injection import KssInjection
 from koopmon.agent.control.lr_backoff import LrBackoff
 from koopmon.api import ArchitectureAdapter, ExampleModel, Stack
@@ -154,32 +155,32 @@ def deaf(model: nn.Module, selection: Selection) -> str:
     return ""
 
 
-def stubborn(self: Actuator, command: Command, state: Any, step: int) -> Any:
+def stubborn(self: CommandJudge, command: Command, state: Any, step: int) -> Any:
     """Refuses KSS, allowed or not."""
     if command.kind == "set_kss":
         return None, CommandResult(command.id, "refused", step, "KSS would reach blocks.0.mix: through_shielded", True)
     return JUDGE(self, command, state, step)
 
 
-def two_faced(self: Actuator, command: Command, state: Any, step: int) -> Any:
+def two_faced(self: CommandJudge, command: Command, state: Any, step: int) -> Any:
     """Says that it refuses, and obeys."""
     action = self._actions[command.kind]
     target = action.target(command, state, step)
-    refused = CommandResult(command.id, "refused", step, self._capability(action).reason, permanent=True)
-    return _towards(state, action, target, step, 0), refused
+    refused = CommandResult(command.id, "refused", step, self.capability(action).reason, permanent=True)
+    return towards(state, action, target, step, 0), refused
 
 
-def evasive(self: Actuator, command: Command, state: Any, step: int) -> Any:
+def evasive(self: CommandJudge, command: Command, state: Any, step: int) -> Any:
     judged, outcome = JUDGE(self, command, state, step)
     return judged, replace(outcome, permanent=False)
 
 
-def wordless(self: Actuator, command: Command, state: Any, step: int) -> Any:
+def wordless(self: CommandJudge, command: Command, state: Any, step: int) -> Any:
     judged, outcome = JUDGE(self, command, state, step)
     return judged, replace(outcome, detail="no")
 
 
-JUDGE = Actuator._judge
+JUDGE = CommandJudge.judge
 
 
 def test_what_is_shielded_is_kept_from_kss_and_steered_exactly_where_that_is_allowed() -> None:
@@ -197,21 +198,21 @@ def test_what_is_shielded_is_kept_from_kss_and_steered_exactly_where_that_is_all
             "kss-shields",
             "alpha 1.0 is in force, and blocks.0.mix is shielded",
         ),
-        ("koopmon.agent.control.actuator.Actuator._judge", two_faced, "kss-shields", "alpha 1.0 is in force"),
+        ("koopmon.agent.control.command_judge.CommandJudge.judge", two_faced, "kss-shields", "alpha 1.0 is in force"),
         (
-            "koopmon.agent.control.actuator.Actuator._judge",
+            "koopmon.agent.control.command_judge.CommandJudge.judge",
             evasive,
             "kss-shields",
             "KSS is refused, expected to be refused",
         ),
         (
-            "koopmon.agent.control.actuator.Actuator._judge",
+            "koopmon.agent.control.command_judge.CommandJudge.judge",
             wordless,
             "kss-shields",
             "lacks the shielded module .* not one line: 'no'",
         ),
         (
-            "koopmon.agent.control.actuator.Actuator._judge",
+            "koopmon.agent.control.command_judge.CommandJudge.judge",
             stubborn,
             "kss-gradient",
             "a command is not applied: KSS would",

@@ -18,7 +18,8 @@ import torch
 
 from koopmon.errors import StoreError
 from koopmon.history.plain_profile import PlainProfile
-from koopmon.history.reader import DecisionRow, HistoryReader, LoggedRow
+from koopmon.history.reader import HistoryReader
+from koopmon.history.rows import DecisionRow, LoggedRow
 from koopmon.history.schema import SCHEMA_VERSION
 from koopmon.history.writer import HistoryWriter
 from koopmon.numbers import to_single

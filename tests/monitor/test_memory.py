@@ -77,7 +77,7 @@ def test_an_address_that_is_taken_is_tried_again(
     agent = connect(served.addresses.endpoint)
     agent.hello()
     monitor, attempts = served.monitor, list[str]()
-    open_sockets = monitor._open_sockets
+    open_sockets = monitor._channels._open
 
     def refused_twice(bind: str, data_bind: str | None) -> None:
         attempts.append(bind)
@@ -85,7 +85,7 @@ def test_an_address_that_is_taken_is_tried_again(
             raise EndpointError("in use")
         open_sockets(bind, data_bind)
 
-    monkeypatch.setattr(monitor, "_open_sockets", refused_twice)
+    monkeypatch.setattr(monitor._channels, "_open", refused_twice)
     monkeypatch.setattr(monitor, "_memory", MemoryWatch(1))
     until(lambda: len(attempts) == 3)
     monkeypatch.setattr(monitor, "_memory", MemoryWatch(memory_limit(0)))

@@ -103,7 +103,7 @@ def unknown_command(monitor: Any, connect: Any, patch: Any) -> None:
 
 def flood(monitor: Any, connect: Any, patch: Any) -> None:
     agent = _agent(monitor, connect)
-    patch.setattr(monitor.monitor._control._waiting, "_max_bytes", 1)
+    patch.setattr(monitor.monitor._channels.control._waiting, "_max_bytes", 1)
     beat = encode(Heartbeat(**agent.name, process_rank=0, training=TrainingStep(step=1), applied=Applied()))
     for _ in range(2000):
         agent.control.send(beat)

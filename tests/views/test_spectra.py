@@ -10,7 +10,7 @@ import torch
 from msgspec.structs import replace
 
 from koopmon.history.plain_profile import PlainProfile
-from koopmon.history.reader import ProfileRow
+from koopmon.history.rows import ProfileRow
 from koopmon.spectral import profile_states
 from koopmon.views import spectra
 from koopmon.views.spectra import (

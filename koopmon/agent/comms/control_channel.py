@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from koopmon import __version__
 from koopmon.agent.comms.pending_acks import PendingAcks
-from koopmon.agent.control.actuator import CommandResult
+from koopmon.agent.control.command_judge import CommandResult
 from koopmon.agent.rank_identity import Identity
 from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig

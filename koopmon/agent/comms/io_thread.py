@@ -19,7 +19,7 @@ import msgspec
 from koopmon.agent.capture.sampler import DTYPE_NAMES, RankSnapshot, all_finite
 from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.comms.control_channel import CommandHandler, ControlChannel, RankInfo
-from koopmon.agent.control.actuator import CommandResult
+from koopmon.agent.control.command_judge import CommandResult
 from koopmon.agent.rank_identity import Identity
 from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from koopmon.agent.control.optimizer_set import OptimizerSet
-from koopmon.agent.control.state import ControlState
+from koopmon.agent.control.state import ActionState, ControlState, Ramp
 from koopmon.agent.parallelism import ParallelLayout
 from koopmon.api import ArchitectureAdapter, Stack
 from koopmon.plugins import Selection
@@ -211,3 +211,22 @@ class ControlAction(ABC):
 
     def on_forward(self) -> None:  # noqa: B027 - optional
         """Handle the start of a training forward."""
+
+
+def towards(
+    state: ControlState,
+    action: ControlAction,
+    target: Target,
+    step: int,
+    num_steps: int,
+    *,
+    start: float | None = None,
+) -> ControlState:
+    """Return the state that moves `action` to `target` in `num_steps` steps, from `step` on.
+
+    `start` is by default the strength in the step before.
+    """
+    start = action.strength(state, step - 1) if start is None else start
+    ramp = Ramp(first_step=step, start=start, target=target.strength, num_steps=num_steps)
+    part = ActionState(ramp=ramp, parameters=target.parameters)
+    return state.changed(actions={**state.actions, action.kind: part})

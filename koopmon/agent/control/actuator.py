@@ -10,28 +10,21 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
 
 import msgspec
 
 from koopmon.agent.capture.schedule import SnapshotSchedule
-from koopmon.agent.control.action import (
-    Capability,
-    ControlAction,
-    RequestRefusedError,
-    Target,
-    overriding,
-)
+from koopmon.agent.control.action import ControlAction, RequestRefusedError, overriding, towards
+from koopmon.agent.control.command_judge import CommandJudge, CommandResult
 from koopmon.agent.control.rank_group import RankGroup
-from koopmon.agent.control.state import ActionState, ControlState, ControlUpdate, Ramp
+from koopmon.agent.control.state import ControlState, ControlUpdate
 from koopmon.agent.parallelism import ParallelLayout
 from koopmon.agent.stats import AgentStats
 from koopmon.config import Config
-from koopmon.wire.messages import AckOutcome, Applied, Command, CommandKind
+from koopmon.wire.messages import Applied, Command, CommandKind
 
 logger = logging.getLogger("koopmon.agent")
 
@@ -50,11 +43,6 @@ CALM_GROWTH times as long.
 CALM_GROWTH = 4
 MAX_PENDING = 64
 """Commands that may wait for judgement."""
-MAX_REMEMBERED = 4096
-"""Command ids kept to recognise repeated commands."""
-
-
-_END_OF_RUN = 1 << 53
 
 
 class RampBack(Enum):
@@ -66,28 +54,8 @@ class RampBack(Enum):
 Request = Command | Applied | RampBack
 
 
-@dataclass(frozen=True, slots=True)
-class CommandResult:
-    """The outcome of a command at optimizer step `step`, to be acknowledged."""
-
-    command_id: str
-    outcome: AckOutcome
-    step: int
-    detail: str = ""
-    permanent: bool = False
-    """True if the action can never work in this launch, so that the command would be refused again."""
-    kind: CommandKind | None = None
-    """The kind of an applied command."""
-    reason: str = ""
-    """The reason of an applied command."""
-    completes: CommandKind | None = None
-    """The kind of an action that completes the command at a later step edge."""
-    corrects: bool = False
-    """True for a correction of what is in force, which prints no line."""
-
-
 class Actuator:
-    """Judges commands, and holds the state in force on this rank.
+    """Applies the commands that its judge allows, and holds the state in force on this rank.
 
     `group` is the exchange with the other ranks; None if this process trains alone. `restored` is in force from the
     first step on, and equal on all ranks. `requests` may be filled in any
@@ -113,11 +81,10 @@ class Actuator:
         self._actions = {action.kind: action for action in actions}
         self._tuned = overriding(actions, "tuned")
         self._at_edge = [(at_edge.__self__.kind, at_edge) for at_edge in overriding(actions, "at_edge")]
-        self._limits = config.limits
+        self._judge = CommandJudge(self._actions, config.limits, layout, group)
         self._ramp_back_steps = config.control.ramp_back_steps
         self._stats = stats
         self._schedule = schedule
-        self._layout = layout
         self._requests = requests
         self._report = report
         self._keep = keep
@@ -126,8 +93,6 @@ class Actuator:
         """Parts of the state in the exchange in flight."""
         self._incomplete: dict[CommandKind, CommandResult] = {}
         """Commands in force that their action completes at a later step edge."""
-        self._remembered: dict[str, None] = {}
-        self._action_times: deque[float] = deque()
         self._snapshots = range(0)
         self._agreed_until = -1
         self._renumbered = False
@@ -279,7 +244,7 @@ class Actuator:
         return state
 
     def _apply_command(self, command: Command, state: ControlState, step: int) -> ControlState:
-        following, result = self._judge(command, state, step)
+        following, result = self._judge.judge(command, state, step)
         known = (*self._underway, *self._incomplete.values())
         same = [each for each in known if isinstance(each, CommandResult) and each.command_id == command.id]
         if any(each.completes is not None for each in same):
@@ -299,16 +264,16 @@ class Actuator:
             except RequestRefusedError as error:
                 logger.warning("koopmon: a value of the earlier launch is not restored: %s", error)
                 continue
-            if not self._capability(action).acts:
+            if not self._judge.capability(action).acts:
                 target = dataclasses.replace(target, strength=action.neutral)
-            state = _towards(state, action, target, step, num_steps=0)
+            state = towards(state, action, target, step, num_steps=0)
         return state
 
     def _apply_ramp_back(self, request: RampBack, state: ControlState, step: int) -> ControlState:
         self._underway.append(request)
         for action in self._actions.values():
             start = action.effective(state, step - 1)
-            state = _towards(state, action, action.released(state), step, self._ramp_back_steps, start=start)
+            state = towards(state, action, action.released(state), step, self._ramp_back_steps, start=start)
         return state
 
     def _settle(self, step: int, *, in_force: bool) -> None:
@@ -320,7 +285,7 @@ class Actuator:
         for each in underway:
             if isinstance(each, CommandResult):
                 if not in_force:
-                    self._remembered.pop(each.command_id, None)  # the monitor may try it again
+                    self._judge.forget(each.command_id)  # the monitor may try it again
                     each = dataclasses.replace(each, outcome="failed", detail="the exchange between the ranks failed")
                 each = dataclasses.replace(each, step=step)
                 if in_force and each.completes is not None:
@@ -357,74 +322,3 @@ class Actuator:
         parts += [f"KSS weight {applied.kss.alpha:.3g}"] if applied.kss.alpha else []
         if parts:
             logger.warning("koopmon: in force again, as when the launch before was killed: %s", ", ".join(parts))
-
-    def _judge(self, command: Command, state: ControlState, step: int) -> tuple[ControlState | None, CommandResult]:
-        """Return the state after `command`, None if it must not be applied, and its outcome."""
-
-        def rejected(
-            outcome: AckOutcome, detail: str = "", *, permanent: bool = False
-        ) -> tuple[ControlState | None, CommandResult]:
-            return None, CommandResult(command.id, outcome, step, detail, permanent)
-
-        if command.id in self._remembered:
-            return rejected("duplicate")
-        if step > command.expires_step:
-            return rejected("expired", f"not to be applied after step {command.expires_step}")
-        detail, completes, corrects = "", None, False
-        if command.kind == "set_cadence":
-            until = _END_OF_RUN if command.cadence_until_step is None else command.cadence_until_step
-            state = state.changed(cadence_steps=command.cadence_steps, cadence_until_step=until)
-        else:
-            action = self._actions[command.kind]
-            try:
-                target = action.target(command, state, step)
-            except RequestRefusedError as error:
-                return rejected("refused", str(error))
-            detail, completes = target.detail, action.kind if action.completes_at_edge else None
-            corrects = target.corrects
-            if target.acts:
-                capability = self._capability(action)
-                if not capability.acts:
-                    return rejected("refused", capability.reason, permanent=True)
-                if not target.corrects and not self._may_act():
-                    most = self._limits.max_actions_per_hour
-                    return rejected("refused", f"{most} actions in the last hour, the most allowed")
-            state = _towards(state, action, target, step, command.ramp_steps)
-        self._remembered[command.id] = None
-        if len(self._remembered) > MAX_REMEMBERED:
-            del self._remembered[next(iter(self._remembered))]
-        known = {"kind": command.kind, "reason": command.reason, "completes": completes, "corrects": corrects}
-        return state, CommandResult(command.id, "applied", step, detail, **known)  # type: ignore[arg-type]
-
-    def _capability(self, action: ControlAction) -> Capability:
-        splits_tokens = self._group is not None and self._group.splits_tokens
-        return action.capability(dataclasses.replace(self._layout, splits_tokens=splits_tokens))
-
-    def _may_act(self) -> bool:
-        """Use one action of the hourly allowance. Returns False if none is left."""
-        now, times = time.monotonic(), self._action_times
-        while times and times[0] <= now - 3600.0:
-            times.popleft()
-        if len(times) >= self._limits.max_actions_per_hour:
-            return False
-        times.append(now)
-        return True
-
-
-def _towards(
-    state: ControlState,
-    action: ControlAction,
-    target: Target,
-    step: int,
-    num_steps: int,
-    *,
-    start: float | None = None,
-) -> ControlState:
-    """Return the state that moves `action` to `target` in `num_steps` steps, from `step` on.
-
-    `start` is by default the strength in the step before.
-    """
-    start = action.strength(state, step - 1) if start is None else start
-    ramp = Ramp(first_step=step, start=start, target=target.strength, num_steps=num_steps)
-    part = ActionState(ramp=ramp, parameters=target.parameters)
-    return state.changed(actions={**state.actions, action.kind: part})

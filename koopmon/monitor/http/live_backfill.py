@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from koopmon.errors import StoreError, one_line
-from koopmon.history.reader import HistoryReader, RunRow
+from koopmon.history.reader import HistoryReader
+from koopmon.history.rows import RunRow
 from koopmon.history.schema import RunState
 from koopmon.monitor.http.live_state import MAX_DECISIONS, MAX_POINTS, LiveState
 from koopmon.views.run_view import DecisionView, LoggedPoint, RunView, TimelinePoint

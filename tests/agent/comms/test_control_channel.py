@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from koopmon.agent.comms.control_channel import HELLO_SECONDS, ControlChannel, RankInfo
-from koopmon.agent.control.actuator import CommandResult
+from koopmon.agent.control.command_judge import CommandResult
 from koopmon.agent.rank_identity import Identity
 from koopmon.agent.stats import AgentStats
 from koopmon.config import ControlConfig

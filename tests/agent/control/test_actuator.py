@@ -20,11 +20,10 @@ from koopmon.agent.control.actuator import (
     CALM_GROWTH,
     MAX_CALM_STEPS,
     MAX_PENDING,
-    MAX_REMEMBERED,
     Actuator,
-    CommandResult,
 )
 from koopmon.agent.control.all_actions import make_actions
+from koopmon.agent.control.command_judge import MAX_REMEMBERED, CommandResult
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rank_group import MESSAGE_BYTES, _encoder
 from koopmon.agent.control.rate_shares import as_parameters
@@ -361,7 +360,7 @@ def test_a_watch_only_agent_says_so_over_the_wire(monitor: ScriptedMonitor, agen
 
 def test_the_allowance_is_that_of_the_last_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("koopmon.agent.control.actuator.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("koopmon.agent.control.command_judge.time.monotonic", lambda: now[0])
     bench = Bench(from_mapping({"limits": {"max_actions_per_hour": 2}}))
 
     def cut() -> str:
@@ -753,7 +752,7 @@ def test_a_return_whose_exchange_failed_is_tried_again() -> None:
 
 def test_an_action_leaves_the_allowance_an_hour_after_it_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("koopmon.agent.control.actuator.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("koopmon.agent.control.command_judge.time.monotonic", lambda: now[0])
     bench = Bench(from_mapping({"limits": {"max_actions_per_hour": 2}}))
     outcomes = []
     for at in (0.0, 3000.0, 3599.0, 3600.0, 3601.0, 6599.0, 6600.0):

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from koopmon.agent.control import ceilings as ceilings_module
-from koopmon.agent.control.action import RequestRefusedError
-from koopmon.agent.control.actuator import _towards
+from koopmon.agent.control.action import RequestRefusedError, towards
 from koopmon.agent.control.ceilings import MAX_SEARCH_STEPS, Ceilings, _equal_on_all
 from koopmon.agent.control.rank_group import MESSAGE_BYTES
 from koopmon.agent.control.rate_shares import PREFIX as SHARE
@@ -427,7 +426,7 @@ def test_compiled_blocks_are_refused() -> None:
 def test_a_killed_launch_hands_on_no_ceilings() -> None:
     action, applied = Ceilings(LimitsConfig()), Applied(held_layers=(0, 2))
     target = action.target(applied, ControlState(), 0)
-    state = _towards(ControlState(), action, target, 0, num_steps=0)
+    state = towards(ControlState(), action, target, 0, num_steps=0)
     assert action.applied(state, 0) == {"held_layers": ()}
     assert action._command(state) == -1
 

@@ -9,8 +9,7 @@ import pytest
 from torch.optim import AdamW
 
 import koopmon
-from koopmon.agent.control.action import Completion, RequestRefusedError
-from koopmon.agent.control.actuator import _towards
+from koopmon.agent.control.action import Completion, RequestRefusedError, towards
 from koopmon.agent.control.loop_requests import CheckpointRequest, LoopRequest, StopRequest
 from koopmon.agent.control.state import ControlState
 from koopmon.agent.handle import Agent
@@ -135,7 +134,7 @@ def test_the_vote_is_at_the_edge_after_the_step_of_the_command_only(request_of: 
     command = Command(**name, kind=action.kind, expires_step=1 << 40)
     target = action.target(command, ControlState(), 7)
     assert (target.strength, target.parameters, target.acts) == (1.0, {"at_step": 7}, True)
-    state = _towards(ControlState(), action, target, 7, 0)
+    state = towards(ControlState(), action, target, 7, 0)
     assert [action.at_edge(state, step, agree) for step in (6, 7)] == [None, None]
     assert (action.granted, votes) == (False, [])
     unread = f"the script has not read agent.should_{action.kind}"

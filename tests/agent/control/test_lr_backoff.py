@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from koopmon.agent.control.action import RequestRefusedError, Target, Update
-from koopmon.agent.control.actuator import _towards
+from koopmon.agent.control.action import RequestRefusedError, Target, Update, towards
 from koopmon.agent.control.lr_backoff import LrBackoff
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rate_shares import BOUNDED_AT, as_parameters
@@ -249,7 +248,7 @@ class Capped:
         name = {"run": "r", "incarnation": "c0f0c0f0", "id": "c0f0c0f0", "reason": "", "expires_step": 9}
         asked = Command(**name, kind="set_lr_scale", lr_scale=lr_scale, **fields)
         target = self.backoff.target(asked, self.state, self.step)
-        self.state = _towards(self.state, self.backoff, target, self.step, ramp_steps)
+        self.state = towards(self.state, self.backoff, target, self.step, ramp_steps)
         return target
 
     def rates(self, schedule: list[float]) -> list[float]:
@@ -419,7 +418,7 @@ def test_a_new_cap_does_not_count_the_peak_of_an_earlier_one() -> None:
     capped = Capped()
     capped.command(max_rate=0.1)
     assert capped.rates([0.4]) == pytest.approx([0.1])
-    capped.state = _towards(capped.state, capped.backoff, capped.backoff.released(capped.state), capped.step, 0)
+    capped.state = towards(capped.state, capped.backoff, capped.backoff.released(capped.state), capped.step, 0)
     assert capped.rates([0.4]) == [0.4]
     capped.command(max_rate=0.1)
     assert capped.backoff.training(capped.state, capped.step) == {"lr_scale": 1.0}
@@ -433,7 +432,7 @@ def test_a_restored_cap_keeps_its_peak_and_goes_on_with_its_warm_up() -> None:
     killed.step -= 1  # the last update of the launch
     restarted = Capped()
     target = restarted.backoff.target(killed.applied, restarted.state, restarted.step)
-    restarted.state = _towards(restarted.state, restarted.backoff, target, restarted.step, 0)
+    restarted.state = towards(restarted.state, restarted.backoff, target, restarted.step, 0)
     assert restarted.applied == killed.applied
     after = restarted.rates([0.2] * 7)
     assert after[0] == before[-1]

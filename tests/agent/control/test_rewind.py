@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from koopmon.agent.control import rewind as rewind_module
-from koopmon.agent.control.action import Completion, RequestRefusedError, Target, Update
-from koopmon.agent.control.actuator import _towards
+from koopmon.agent.control.action import Completion, RequestRefusedError, Target, Update, towards
 from koopmon.agent.control.lr_backoff import LrBackoff
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rewind import RewindAction
@@ -369,7 +368,7 @@ class Alone:
         name = {"run": "job", "incarnation": "c0f0c0f0", "id": "c0f0c0f0", "reason": "", "expires_step": 1 << 40}
         asked = Command(**name, kind="rewind", rewind=Rewind(max_rate=max_rate, min_age_steps=min_age_steps))
         target = self.action.target(asked, self.state, step)
-        self.state = _towards(self.state, self.action, target, step, 0)
+        self.state = towards(self.state, self.action, target, step, 0)
         return target
 
     @property
@@ -842,7 +841,7 @@ class Grouped(Alone):
     def cap(self, max_rate: float | None) -> None:
         if max_rate is not None:
             applied = Applied(max_rate=max_rate)
-            self.state = _towards(self.state, self.backoff, self.backoff.target(applied, self.state, 0), 0, 0)
+            self.state = towards(self.state, self.backoff, self.backoff.target(applied, self.state, 0), 0, 0)
 
     def train(self, first: int, last: int) -> None:
         for number in range(first, last):
@@ -952,7 +951,7 @@ def test_a_released_bound_is_gone_from_what_is_in_force_and_from_the_next_rewind
     for action in (grouped.backoff, grouped.action):
         released = action.released(grouped.state)
         assert not released.acts
-        grouped.state = _towards(grouped.state, action, released, 21, 4)
+        grouped.state = towards(grouped.state, action, released, 21, 4)
     assert grouped.shares == {}
     assert grouped.in_force(24) == [0.1, 3.0, 0.05]
     grouped.rates(0.1, 0.1, 0.05)
@@ -974,7 +973,7 @@ def test_a_restarted_launch_has_the_bounds_from_its_first_step_on() -> None:
     for action in (restarted.backoff, restarted.action):
         target = action.target(kept, restarted.state, 0)
         assert target.strength == 1.0
-        restarted.state = _towards(restarted.state, action, target, 0, 0)
+        restarted.state = towards(restarted.state, action, target, 0, 0)
     assert restarted.shares == {1: 1.0}
     restarted.step(0)
     assert restarted.action._optimizers.largest_rate() == 0.1, "what the monitor reads of the first step"
