@@ -49,6 +49,7 @@ TESTED_IN = {
     "koopmon/agent/unhooked_steps.py": "tests/agent/test_compiled.py",
     "koopmon/api.py": "tests/test_plugins.py",
     "koopmon/block_finder.py": "tests/test_discovery.py",
+    "koopmon/candidate_trace.py": "tests/test_chain_verifier.py",
     "koopmon/cli/adapters.py": "tests/cli/test_adapters_check.py",
     "koopmon/cli/app.py": "tests/cli/test_command_line.py",
     "koopmon/cli/calibrate.py": "tests/cli/test_calibrate_verb.py",
