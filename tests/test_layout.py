@@ -75,6 +75,8 @@ TESTED_IN = {
     "koopmon/cli/shared_monitor.py": "tests/cli/test_run.py",
     "koopmon/cli/supervise.py": "tests/cli/test_launchers.py",
     "koopmon/cli/table_writers.py": "tests/cli/test_export_verb.py",
+    "koopmon/config/hints.py": "tests/config/test_reading.py",
+    "koopmon/config/rules.py": "tests/config/test_tables.py",
     "koopmon/conformance/check_selection.py": "tests/conformance/test_broken_adapters.py",
     "koopmon/conformance/check_state_io.py": "tests/conformance/test_broken_adapters.py",
     "koopmon/conformance/check_training.py": "tests/conformance/test_broken_adapters.py",
