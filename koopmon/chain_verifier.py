@@ -36,21 +36,21 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from koopmon.api import ArchitectureAdapter, Path, Point, Stack, StackForm, StatePosition
+from koopmon.api import ArchitectureAdapter, Path, Point, Stack
 from koopmon.block_finder import normalised
-from koopmon.lineage import Lineage, ValueLineage
+from koopmon.candidate_trace import CandidateTrace
+from koopmon.lineage import ValueLineage
 from koopmon.observed_states import describe, measure_update, observe
 from koopmon.planes import has_channels_first
 from koopmon.spectral import LARGEST_EXPONENT, stack_exponent
 from koopmon.state_position import SUM, argument_tensors, is_state, output_tensors, summed
-from koopmon.traversals import ADAPTERS, Call, Traversal, is_contiguous, only_skips, pairs, to_host, traverse
+from koopmon.traversals import ADAPTERS, Call, is_contiguous
 
 MAX_CALLS = 1024
 """Calls of the blocks of one candidate that are observed in one forward."""
@@ -58,10 +58,6 @@ MAX_PAIRS = 16
 """Pairs of an argument and a result of one shape that are measured in one call."""
 MIN_UPDATE = 0.01
 """Least size of an update, relative to the state, that shows its growth."""
-MIN_CARRIED = 0.25
-"""Least mean correlation between a block's input and output, for a stack that is not known to be residual."""
-MIN_SHARE_CALLED = 0.5
-"""Least share of its blocks that must have been called, of a stack that skips blocks in every forward."""
 
 
 class ChainResult(NamedTuple):
@@ -74,49 +70,13 @@ class ChainResult(NamedTuple):
     reasons: dict[str, str]
 
 
-class _Trace:
-    """Observations of one candidate stack."""
-
-    def __init__(self, stack: Stack) -> None:
-        self.stack = stack
-        self.partly: set[int] = set()
-        """Layers on incomplete traversals of a chain, over all forwards."""
-        self.partly_mixed: set[int] = set()
-        """The same of a model that mixes between its blocks."""
-        self.reset()
-
-    def reset(self) -> None:
-        self.calls: list[Call] = []
-        self.open: list[Call] = []
-        self.flaw: str | None = None
-        """The reason why the adapter reads no state in some call."""
-        self.kept: Traversal | None = None
-        self.lineage: Lineage[tuple[int, Path]] = Lineage()
-
-    def point(self, layer: int) -> Point:
-        return self.stack.points[layer]
-
-    @property
-    def last_call(self) -> int:
-        return max((call.ended or 0 for call in self.calls), default=0)
-
-    @property
-    def changes_shape(self) -> bool:
-        own = [(call.entered.get(ADAPTERS), call.left.get(ADAPTERS)) for call in self.calls]
-        return any(x is not None and y is not None and x.shape != y.shape for x, y in own) or any(
-            left is not None and entered is not None and left.shape != entered.shape
-            for (_, left), (entered, _), call, following in zip(own, own[1:], self.calls, self.calls[1:], strict=False)
-            if following.layer == call.layer + 1
-        )
-
-
 class ChainVerifier:
     """Decides which of `candidates` is a verified chain. The module's docstring shows its use."""
 
     def __init__(self, adapter: ArchitectureAdapter, candidates: Sequence[Stack]) -> None:
         self.adapter = adapter
         self.candidates = tuple(candidates)
-        self._traces = {stack.name: _Trace(stack) for stack in self.candidates}
+        self._traces = {stack.name: CandidateTrace(stack) for stack in self.candidates}
         self._clock = 0
         self.beside: tuple[Stack, ...] = ()
         """Other stacks that the last verdict verified and that train as the kept one does, best first."""
@@ -213,7 +173,7 @@ class ChainVerifier:
         self.observe_output(stack, point.layer, output)
 
     def _states(
-        self, trace: _Trace, point: Point, own: Tensor | None, others: list[tuple[Path, Tensor]], verb: str
+        self, trace: CandidateTrace, point: Point, own: Tensor | None, others: list[tuple[Path, Tensor]], verb: str
     ) -> dict[Path, Tensor]:
         """Return the states by their paths. A flaw of the adapter's own state is noted."""
         flaw = None
@@ -239,14 +199,14 @@ class ChainVerifier:
         With `skips` a stack may be kept although no forward has called all of its blocks.
         """
         reasons: dict[str, str] = {}
-        verified: list[_Trace] = []
+        verified: list[CandidateTrace] = []
         for trace in self._traces.values():
-            failure = self._failure(trace, skips)
+            failure = trace.failure(skips=skips)
             if failure is None:
                 verified.append(trace)
             else:
                 reasons[trace.stack.name] = failure
-        eligible: list[_Trace] = []
+        eligible: list[CandidateTrace] = []
         for trace in verified:
             outer = self._enclosing(trace)
             if outer is None:
@@ -263,9 +223,9 @@ class ChainVerifier:
         eligible.sort(
             key=lambda trace: (
                 trains[id(trace)],
-                _in_gradients(trace),
-                _precedence(trace),
-                _depth(trace),
+                trace.in_gradients,
+                trace.precedence,
+                trace.depth,
                 trace.last_call,
             ),
             reverse=True,
@@ -274,30 +234,30 @@ class ChainVerifier:
             kept = eligible[0]
             if trains[id(kept)] > trains[id(trace)]:
                 why = "trains"
-            elif _in_gradients(kept) > _in_gradients(trace):
+            elif kept.in_gradients > trace.in_gradients:
                 why = "is called with gradients"
-            elif _precedence(kept) > _precedence(trace):
-                why = "has transitions of its own blocks" if not _is_chain(kept) else "is unchanged between its blocks"
+            elif kept.precedence > trace.precedence:
+                why = "has transitions of its own blocks" if not kept.is_chain else "is unchanged between its blocks"
             else:
-                why = "is longer" if _depth(kept) > _depth(trace) else "comes later"
+                why = "is longer" if kept.depth > trace.depth else "comes later"
             name = kept.stack.name
-            kind = "chain" if _is_chain(trace) else "stack"
-            reasons[trace.stack.name] = f"is a {kind} of {_depth(trace)} blocks, but {name!r} {why}"
+            kind = "chain" if trace.is_chain else "stack"
+            reasons[trace.stack.name] = f"is a {kind} of {trace.depth} blocks, but {name!r} {why}"
         self.beside = tuple(
             trace.stack
             for trace in eligible[1:]
-            if (trains[id(trace)], _in_gradients(trace)) == (trains[id(eligible[0])], _in_gradients(eligible[0]))
-            and not _overlap(trace, eligible[0])
+            if (trains[id(trace)], trace.in_gradients) == (trains[id(eligible[0])], eligible[0].in_gradients)
+            and not trace.overlaps(eligible[0])
         )
-        held = [trace for trace in eligible[1:] if trace.stack not in self.beside and not _overlap(trace, eligible[0])]
+        held = [trace for trace in eligible[1:] if trace.stack not in self.beside and not trace.overlaps(eligible[0])]
         held += [trace for trace in self._traces.values() if eligible and self._is_aside(trace)]
         self.later = tuple(trace.stack for trace in held if _holds_any(trace.stack, trained))
         # The first layers of blocks are candidates for blocks that are called by other methods.
         hidden = {trace.stack.name for trace in self._traces.values() if trace.stack.form != "chain"}
         shown = {name: reason for name, reason in reasons.items() if name not in hidden}
-        return ChainResult(_unrolled(eligible[0]) if eligible else None, shown)
+        return ChainResult(eligible[0].unrolled() if eligible else None, shown)
 
-    def _is_aside(self, trace: _Trace) -> bool:
+    def _is_aside(self, trace: CandidateTrace) -> bool:
         """Return True for a stack that this forward did not call, with no block inside or around those of others."""
         if trace.calls or trace.stack.form != "chain" or len(trace.stack.points) < 2:
             return False
@@ -306,12 +266,12 @@ class ChainVerifier:
         stacks = (each.stack for each in others if each.calls or each.stack.form == "chain")
         return all(own.isdisjoint(point.module.modules()) for stack in stacks for point in stack.points)
 
-    def _trains(self, trace: _Trace, trained: Collection[int]) -> bool:
-        return bool(trained_layers(trace.stack, trained)) and _in_gradients(trace)
+    def _trains(self, trace: CandidateTrace, trained: Collection[int]) -> bool:
+        return bool(trained_layers(trace.stack, trained)) and trace.in_gradients
 
     def in_gradients(self, stack: Stack) -> bool:
         """Return True if the traversal of `stack` ran with gradients."""
-        return _in_gradients(self._traces[stack.name])
+        return self._traces[stack.name].in_gradients
 
     def is_interleaved(self, stack: Stack) -> bool:
         """Return True if blocks of `stack` were called for other states between the calls of the traversal."""
@@ -349,111 +309,7 @@ class ChainVerifier:
         kept = self._traces[stack.name].kept
         return 0 if kept is None else kept.calls[0].entered[kept.pair[0]].shape[-1]
 
-    def _failure(self, trace: _Trace, skips: bool) -> str | None:
-        """Find the traversal of `trace`; return the reason if there is none that may be kept."""
-        failure = self._no_chain(trace, skips)
-        trace.lineage = Lineage()  # it holds parts of the graph
-        if trace.stack.form != "chain" and failure is None:
-            trace.kept, failure = None, f"its blocks are read in the form {trace.stack.form!r} alone"
-        return failure if failure is None or trace.partly else self._no_mixing(trace, failure, skips)
-
-    def _no_mixing(self, trace: _Trace, failure: str, skips: bool) -> str | None:
-        """Find the traversal of a model that mixes between its blocks; return `failure` if there is none."""
-        calls = [call for call in trace.calls if call.ended is not None]
-        num_blocks = len(trace.stack.points)
-        forms: tuple[StackForm, ...] = ("pairs", "entries") if trace.stack.form == "chain" else (trace.stack.form,)
-        for form in forms:
-            positions = pairs(calls) if form == "pairs" else [(path, path) for path in _entries(calls)]
-            found = [traverse(calls, pair, form) for pair in positions]
-            complete = [
-                each
-                for each in found
-                if each is not None
-                and (each.num_blocks == num_blocks or self._is_enough(trace, calls, each, skips))
-                and len(each.measured) > 1
-                # Projections that begin at zero make each block an identity in the first forward.
-                and (each.changes or (form == "pairs" and each.pair == (ADAPTERS, ADAPTERS)))
-                and (form == "pairs" or is_contiguous(calls, each))
-            ]
-            if not complete:
-                continue
-            best = max(complete, key=lambda each: (each.in_gradients, each.requires_grad))
-            why = _not_carried(best)
-            if why is None:
-                trace.kept = best
-                return None
-            failure = why
-        return failure
-
-    def _is_enough(self, trace: _Trace, calls: list[Call], part: Traversal, skips: bool) -> bool:
-        """Return True if `part`, which skips blocks, and those of earlier forwards show all blocks."""
-        if part.form != "pairs" or len(part.calls) < max(2, len(calls)):
-            return False
-        trace.partly_mixed |= {call.layer for call in part.calls}
-        return _shows_enough(trace.partly_mixed, len(trace.stack.points), skips)
-
-    def _no_chain(self, trace: _Trace, skips: bool) -> str | None:
-        """Find the traversal of a chain; return the reason if there is none that may be kept."""
-        trace.kept = None
-        calls = [call for call in trace.calls if call.ended is not None]
-        if not trace.calls:
-            return "none of its blocks was called"
-        to_host(calls)
-        num_blocks = len(trace.stack.points)
-        found = [best for pair in pairs(calls) if (best := traverse(calls, pair)) is not None and best.may_be_stream]
-        own = next((each for each in found if each.pair == (ADAPTERS, ADAPTERS)), None)
-        if own is None or not own.changes or not own.correlation < MIN_CARRIED:
-            # A sum is also carried if one of its parts is.
-            found = [each for each in found if each.pair != (SUM, SUM)]
-        if not found:
-            return self._reason(trace, calls)
-        # max() returns the first of equals, and the adapter's own pair is the first.
-        # A state that the blocks carry forward comes before one that they do not.
-        best = max(
-            found,
-            key=lambda each: (
-                each.num_blocks,
-                each.changes,
-                each.correlation >= MIN_CARRIED,
-                each.in_gradients,
-                each.requires_grad,
-            ),
-        )
-        if best.num_blocks < num_blocks:
-            if not only_skips(calls, best):
-                return self._reason(trace, calls)
-            trace.partly |= {call.layer for call in best.calls}
-            if not _shows_enough(trace.partly, num_blocks, skips):
-                return self._reason(trace, calls)
-        known = trace.stack.residual and best.pair == (ADAPTERS, ADAPTERS)
-        failure = None if known else _not_carried(best)
-        if failure is None:
-            trace.kept = best
-        return failure
-
-    def _reason(self, trace: _Trace, calls: list[Call]) -> str:
-        """Return the first obstacle to a chain of the adapter's own states."""
-        num_blocks = len(trace.stack.points)
-        if num_blocks == 1 and len(calls) < 2:
-            return f"a chain needs at least 2 blocks, and only {trace.point(0).name} was called"
-        if trace.flaw is not None:
-            return trace.flaw
-        done: list[Call] = []
-        first = trace.calls[0].entered[ADAPTERS]
-        for call in trace.calls:
-            name = trace.point(call.layer).name
-            if call.layer != len(done) % num_blocks or (done and call.began < (done[-1].ended or math.inf)):
-                return f"{name} was called out of turn"
-            for states, verb in ((call.entered, "takes"), (call.left, "returns")):
-                if ADAPTERS in states and states[ADAPTERS].shape != first.shape:
-                    shapes = f"{tuple(states[ADAPTERS].shape)} where the chain began with {tuple(first.shape)}"
-                    return f"{name} {verb} shape {shapes}"
-            if done and not done[-1].left[ADAPTERS].equals(call.entered[ADAPTERS]):
-                return f"the output of {trace.point(done[-1].layer).name} is not the input of {name}"
-            done.append(call)
-        return f"only {len(done)} of its {num_blocks} blocks were called"
-
-    def _enclosing(self, trace: _Trace) -> Stack | None:
+    def _enclosing(self, trace: CandidateTrace) -> Stack | None:
         """Return the stack that encloses `trace` and has precedence; None without one.
 
         It holds the first block of `trace` inside one of its own blocks.
@@ -469,27 +325,8 @@ class ChainVerifier:
         return None
 
 
-def _shows_enough(layers: set[int], num_blocks: int, skips: bool) -> bool:
-    """Return True for all blocks, or with `skips` for most of them."""
-    return len(layers) == num_blocks or (skips and len(layers) >= max(2, math.ceil(MIN_SHARE_CALLED * num_blocks)))
-
-
-def _overlap(one: _Trace, other: _Trace) -> bool:
-    """Return True if blocks of one stack are called between those of the other: they change one stream in turn."""
-    if one.kept is None or other.kept is None:
-        return False
-    first, second = ((kept.calls[0].began, kept.calls[-1].began) for kept in (one.kept, other.kept))
-    return first[0] < second[1] and second[0] < first[1]
-
-
 def _holds_any(stack: Stack, trained: Collection[int]) -> bool:
     return any(id(each) in trained for point in stack.points for each in point.parameters())
-
-
-def _in_gradients(trace: _Trace) -> bool:
-    if trace.kept is not None:
-        return trace.kept.in_gradients
-    return any(call.in_gradients for call in trace.calls)
 
 
 def _measure_step(before: Call, call: Call) -> None:
@@ -499,49 +336,6 @@ def _measure_step(before: Call, call: Call) -> None:
         if y is not None and x.shape == y.shape and x.local_shape == y.local_shape:
             call.steps[path] = measure_update(x.rows, y.rows)
         x.rows = None
-
-
-def _is_chain(trace: _Trace) -> bool:
-    return trace.kept is None or trace.kept.form == "chain"
-
-
-def _precedence(trace: _Trace) -> int:
-    return 0 if trace.kept is None else ("entries", "pairs", "chain").index(trace.kept.form)
-
-
-def _entries(calls: list[Call]) -> list[Path]:
-    return list(dict.fromkeys(path for call in calls for path in call.entered))
-
-
-def _depth(trace: _Trace) -> int:
-    return _unrolled(trace).num_layers
-
-
-def _unrolled(trace: _Trace) -> Stack:
-    """Return the stack of the kept traversal, with its position, and with a point for each call of a repeated block."""
-    stack, kept = trace.stack, trace.kept
-    if kept is None:
-        return stack
-    if kept.pair != (ADAPTERS, ADAPTERS):
-        stack = replace(stack, position=StatePosition(*kept.pair))
-    layers = sorted({*range(len(stack.points))}.difference(call.layer for call in kept.calls))
-    order = sorted([*layers, *(call.layer for call in kept.calls)])
-    points = (stack.points[layer] for layer in order)
-    numbered = tuple(replace(point, layer=layer) for layer, point in enumerate(points))
-    return replace(stack, points=numbered, form=kept.form)
-
-
-def _not_carried(traversal: Traversal) -> str | None:
-    mean = traversal.correlation
-    if math.isnan(mean):
-        return "its states are not finite, or the same at every token: nothing shows that its blocks are residual"
-    if mean < MIN_CARRIED:
-        form = "chain" if traversal.form == "chain" else "follow one another"
-        return (
-            f"its blocks {form} but do not carry their input forward: the mean correlation of output and input "
-            f"is {mean:.2f}, a residual stream has at least {MIN_CARRIED}"
-        )
-    return None
 
 
 def trained_layers(stack: Stack, trained: Collection[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Configuration reference: every table and key of koopmon/config.py with its description, default and bounds."""
+"""Configuration reference: every table and key of koopmon.config with its description, default and bounds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ READERS = {
     "agent": ("model", "sampling", "cadence", "limits", "control"),
     "monitor": ("monitor", "http", "grafana", "notify", "store", "risk", "policy"),
 }
-"""Process that reads a table, as in the docstring of koopmon/config.py. Both read the tables that are not listed."""
+"""Process that reads a table, as in the docstring of koopmon.config. Both read the tables that are not listed."""
 UNITS = {
     "seconds": "seconds",
     "per_second": "per second",

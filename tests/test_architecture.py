@@ -46,7 +46,10 @@ ROOMS = {
     "traversals": "api observed_states state_position",
     "lineage": "",
     "walk": "api",
-    "chain_verifier": "errors api block_finder planes state_position spectral observed_states lineage traversals",
+    "candidate_trace": "api state_position lineage traversals",
+    "chain_verifier": (
+        "errors api block_finder planes state_position spectral observed_states lineage traversals candidate_trace"
+    ),
     "token_sampling": "errors",
     "observables": "errors numbers no_gradients api",
     "process_state": "errors",
@@ -61,8 +64,8 @@ ROOMS = {
     ),
     "rate_probe": "errors api config discovery profiling risk spectral token_sampling wire",
     "agent": (
-        "errors logs run_names config spectral wire api hookspecs block_finder planes state_position chain_verifier "
-        "walk token_sampling observables plugins discovery process_state files no_gradients"
+        "errors logs run_names config spectral wire api hookspecs block_finder planes state_position candidate_trace "
+        "chain_verifier walk token_sampling observables plugins discovery process_state files no_gradients"
     ),
     "conformance": "errors config spectral wire api chain_verifier token_sampling observables plugins discovery agent",
     "grafana": "errors config telemetry files deadline http_client",

@@ -40,7 +40,7 @@ def configuration(path: Path | None, environ: Mapping[str, str]) -> tuple[Config
     try:
         settings = load(path)
     except ConfigError as error:
-        fix = "correct that value; koopmon/config.py lists all keys with their bounds"
+        fix = "correct that value; koopmon/config/tables.py lists all keys with their bounds"
         return None, fail("config", str(error), fix)
     return settings, ok("config", f"{source} is valid" if source else "no file: the defaults are in force")
 

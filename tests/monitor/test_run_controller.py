@@ -11,9 +11,8 @@ import msgspec
 import pytest
 import torch
 
-from koopmon import config as config_module
 from koopmon import policy
-from koopmon.config import Config, KssConfig, PolicyConfig, RiskConfig, from_mapping, merged
+from koopmon.config import Config, KssConfig, PolicyConfig, RiskConfig, from_mapping, hints, merged
 from koopmon.errors import ProtocolError
 from koopmon.logs import LogLimit
 from koopmon.monitor.pending_commands import RESEND_SECONDS, Answered
@@ -280,7 +279,7 @@ def test_the_initial_score_comes_from_the_first_informative_snapshot_of_the_warm
 def test_hints_fill_defaults_and_nothing_else(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config_module, "_ignored", LogLimit())  # other tests may have logged within the minute
+    monkeypatch.setattr(hints, "_ignored", LogLimit())  # other tests may have logged within the minute
     config = RiskConfig(smoothing=0.5)
     with caplog.at_level(logging.WARNING):
         filled = merged(

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from koopmon.api import ArchitectureAdapter, Path, Stack
-from koopmon.chain_verifier import MIN_SHARE_CALLED, ChainVerifier
+from koopmon.candidate_trace import MIN_SHARE_CALLED
+from koopmon.chain_verifier import ChainVerifier
 from koopmon.planes import is_plane
 from koopmon.state_position import block_input, block_output, is_state
 from koopmon.token_sampling import order_rows

@@ -12,7 +12,7 @@ from koopmon.agent.capture.sampler import RankSnapshot, Sampler
 from koopmon.agent.circuit_breaker import logger
 from koopmon.agent.stats import AgentStats
 from koopmon.api import Point, Stack
-from koopmon.chain_verifier import MIN_SHARE_CALLED
+from koopmon.candidate_trace import MIN_SHARE_CALLED
 from koopmon.logs import log_for_job
 from koopmon.observables import Readings
 from koopmon.walk import Walk
