@@ -35,12 +35,6 @@ Start = Callable[..., Any]
 Until = Callable[[Callable[[], Any]], Any]
 
 
-@pytest.fixture(autouse=True)
-def one_snapshot_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests need an alarm by one message: which snapshot the engine drops is not theirs to know."""
-    monkeypatch.setattr("koopmon.policy.state.NON_FINITE_SNAPSHOTS", 1)
-
-
 def explode(agent: Any, step: int) -> None:
     """A snapshot that is not finite: the policy backs off at once."""
     agent.snapshot(step, torch.full((4, 96, 12), math.nan).bfloat16())

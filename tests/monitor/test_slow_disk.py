@@ -36,12 +36,6 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     goes.set()
 
 
-@pytest.fixture(autouse=True)
-def one_snapshot_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests need an alarm by one message: which snapshot the engine drops is not theirs to know."""
-    monkeypatch.setattr("koopmon.policy.state.NON_FINITE_SNAPSHOTS", 1)
-
-
 def explode(agent: Any, step: int) -> None:
     agent.snapshot(step, torch.full((4, 96, 12), math.nan).bfloat16())
 
