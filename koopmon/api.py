@@ -174,12 +174,28 @@ class ExampleModel:
     loss: Callable[[nn.Module, Any], Tensor] | None = None
 
 
+WRAPPER_ATTRIBUTES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names of the only child of data-parallel, compile, FSDP and checkpoint wrappers."""
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside the wrappers of torch around `module`.
+
+    It reads the table of children: an attribute of the user's class may raise, or return the module itself.
+    """
+    while len(children := list(module._modules.items())) == 1:
+        name, inner = children[0]
+        if name not in WRAPPER_ATTRIBUTES or inner is None:
+            break
+        module = inner
+    return module
+
+
 def call_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the call arguments of `model` by the names of its forward's parameters. A single mapping is unpacked."""
     if len(args) == 1 and isinstance(args[0], Mapping):
         return {**args[0], **kwargs}
-    while isinstance(inner := getattr(model, "module", None), nn.Module):  # DistributedDataParallel and others
-        model = inner
+    model = unwrapped(model)
     names = _plain_names(model.forward)
     if names is not None and len(args) <= len(names):
         return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -14,11 +14,9 @@ from itertools import groupby
 
 from torch import nn
 
-from koopmon.api import Point, Stack
+from koopmon.api import WRAPPER_ATTRIBUTES, Point, Stack, unwrapped
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-WRAPPER_ATTRIBUTES = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Attributes in which data-parallel, compile, FSDP and checkpoint wrappers hold the wrapped module."""
 PLANAR = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 QUERY_OR_KEY = re.compile(r"(?:.*_)?(?:q|k|qk|query|key)(?:_.*)?")
 """Names of normalisations of queries and keys. These bound attention's weights, and not the updates."""
@@ -283,8 +281,4 @@ def _is_block(module: nn.Module) -> bool:
 
 def class_name(module: nn.Module) -> str:
     """Return the name of the user's class, inside any wrappers."""
-    for attribute in WRAPPER_ATTRIBUTES:
-        inner = getattr(module, attribute, None)
-        if isinstance(inner, nn.Module) and len(module._modules) == 1:
-            return class_name(inner)
-    return type(module).__name__
+    return type(unwrapped(module)).__name__

@@ -1,4 +1,7 @@
-"""Log lines of a job with many ranks: one line for all ranks, and one line a minute for a trouble that repeats."""
+"""Log lines of a job with many ranks: one line for all ranks, and one line a minute for a trouble that repeats.
+
+Handlers and filters belong to the application. One that raises ends no training: see `_contain`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 
+from koopmon.errors import raise_from_signal
+
 MINUTE = 60.0
 MAX_KEYS = 1024
 """Keys with a stored time of their last line."""
@@ -19,6 +24,27 @@ _LAUNCHED = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
 )
 """The launchers' variables of rank and world size. torchrun is first, because it may run inside a Slurm step."""
+
+
+_IN_A_TRAINING = ("agent", "config", "integrations", "observables", "plugins")
+"""Loggers below `koopmon` that training processes use."""
+
+
+def _contain(logger: logging.Logger) -> None:
+    """Drop the exceptions of the application's handlers and filters, which `logging` passes on to the caller."""
+    handle = logger.handle
+
+    def contained(record: logging.LogRecord) -> None:
+        try:
+            handle(record)
+        except Exception as error:
+            raise_from_signal(error)
+
+    logger.handle = contained  # type: ignore[method-assign]
+
+
+for _name in _IN_A_TRAINING:
+    _contain(logging.getLogger(f"koopmon.{_name}"))
 
 
 def announced() -> tuple[int, int]:

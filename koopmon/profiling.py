@@ -103,7 +103,7 @@ def _capture(
     selection: Selection,
 ) -> CapturedStates:
     kept: list[Tensor] = []
-    rows, num_tokens, masked = torch.empty(0), 0, False
+    rows, num_tokens, masked = torch.empty(0, device="cpu"), 0, False
 
     def take(state: Tensor) -> None:
         nonlocal rows, num_tokens, masked

@@ -7,6 +7,7 @@ The tests read every import in koopmon/ and plugins/, also inside functions, beh
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ SOURCES = sorted(path.relative_to(HOUSE) for part in ("koopmon", "plugins") for 
 ROOMS = {
     "errors": "",
     "files": "errors",
-    "logs": "",
+    "logs": "errors",
     "deadline": "",
     "http_client": "deadline",
     "numbers": "",
@@ -328,6 +329,20 @@ def test_no_docstring_begins_with_a_relative_clause() -> None:
     ]
     assert SOURCES
     assert found == []
+
+
+FACTORIES = re.compile("arange|as_tensor|asarray|empty|eye|full|linspace|ones|rand|randint|randn|randperm|tensor|zeros")
+BESIDE_A_TRAINING = [path for path in SOURCES if path.parts[0] == "koopmon" and path.parts[1] != "demo"]
+
+
+@pytest.mark.parametrize("path", BESIDE_A_TRAINING, ids=str)
+def test_a_tensor_has_a_device_of_its_own(path: Path) -> None:
+    """Without one it lies on the user's default device: `torch.set_default_device` may be "cuda" or "meta"."""
+    for node in ast.walk(ast.parse((HOUSE / path).read_text(encoding="utf-8"))):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=name)) if FACTORIES.fullmatch(name):
+                named = {keyword.arg for keyword in node.keywords}
+                assert named & {"device", None}, f"{path}:{node.lineno}: {ast.unparse(node)}"
 
 
 def test_no_two_classes_share_a_name() -> None:

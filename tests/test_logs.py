@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
+import koopmon
 from koopmon.logs import MAX_KEYS, MINUTE, LogLimit, announced, log_for_job, tell
 
 LOGGER = logging.getLogger("koopmon.test")
@@ -95,3 +98,53 @@ def test_news_need_no_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for stream in (None, closed):
         monkeypatch.setattr(sys, "stderr", stream)
         tell(logger, "one")
+
+
+class Faulty(logging.Handler):
+    """A handler that raises itself, as one of an application may."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("name", ["agent", "config", "integrations", "observables", "plugins"])
+@pytest.mark.parametrize("above", [False, True], ids=["at the logger", "at the root"])
+@pytest.mark.parametrize("as_filter", [False, True], ids=["handler", "filter"])
+def test_a_handler_that_raises_reaches_no_caller(name: str, above: bool, as_filter: bool) -> None:
+    logger = logging.getLogger(f"koopmon.{name}")
+    place, faulty = logging.getLogger() if above else logger, Faulty(OSError("no disk"))
+    if as_filter:
+        faulty.emit = lambda record: None  # type: ignore[method-assign]
+        faulty.addFilter(lambda record: 1 / 0 > 0)
+    place.addHandler(faulty)
+    try:
+        logger.error("text")
+    finally:
+        place.removeHandler(faulty)
+
+
+def test_an_interrupt_within_a_handler_passes() -> None:
+    logger, faulty = logging.getLogger("koopmon.agent"), Faulty(KeyboardInterrupt())
+    logger.addHandler(faulty)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            logger.error("text")
+    finally:
+        logger.removeHandler(faulty)
+
+
+def test_every_logger_of_a_training_is_contained() -> None:
+    """Modules outside of the monitor and the command line use no other logger."""
+    others = ["monitor", "cli", "history", "grafana", "notify", "demo", "doctor", "report", "wire"]
+    root = Path(koopmon.__file__).parent
+    found = set()
+    for path in root.rglob("*.py"):
+        place = path.relative_to(root)
+        if place.parts[0] not in others:
+            names = re.findall(r'getLogger\((?:"koopmon\.(\w+)"|__name__)\)', path.read_text(encoding="utf-8"))
+            found |= {name or place.stem for name in names}
+    assert found == {"agent", "config", "integrations", "observables", "plugins"}

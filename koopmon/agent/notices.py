@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from koopmon.agent.control.command_judge import CommandResult
 from koopmon.agent.stats import AgentStats
+from koopmon.block_finder import class_name
 from koopmon.errors import one_line
 from koopmon.logs import tell
 from koopmon.wire.messages import Applied
@@ -74,7 +75,7 @@ class Notices:
         blocks = f"{num_layers} blocks of width {width}" + (f" in {stack}" if stack else "")
         ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
         role = "commands are applied" if acts else f"only watched: {reason}" if reason else "only watched"
-        self._tell(f"run {run}: attached to {model_name(model)}: {blocks}; {ranks}; {_names(optimizers)}; {role}")
+        self._tell(f"run {run}: attached to {class_name(model)}: {blocks}; {ranks}; {_names(optimizers)}; {role}")
 
     def changed(self, result: CommandResult) -> None:
         """Print a command that is in force on all ranks, or one that is refused for a new reason. Called on rank 0."""
@@ -116,13 +117,6 @@ class Notices:
     def _tell(self, text: str) -> None:
         if self._selected != "none" and os.getpid() == self._pid:
             tell(logger, text, rank=self._rank)
-
-
-def model_name(model: nn.Module) -> str:
-    """Return the class of the user's model, inside the wrappers of torch."""
-    while isinstance(inner := getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
-        model = inner
-    return type(model).__name__
 
 
 def _names(optimizers: Iterable[Optimizer]) -> str:

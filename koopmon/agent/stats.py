@@ -117,7 +117,7 @@ class AsyncScalar:
 @torch.no_grad()
 def _copied(value: Tensor, step: int) -> Reading:
     stream = torch.cuda.current_stream(value.device)
-    host = torch.empty((), dtype=torch.float32, pin_memory=True)
+    host = torch.empty((), dtype=torch.float32, pin_memory=True, device="cpu")
     host.copy_(value.reshape(()), non_blocking=True)
     value.record_stream(stream)  # a backward pass may have made it on another one
     ready = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]

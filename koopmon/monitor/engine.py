@@ -209,7 +209,7 @@ class Engine:
     def _warm_up(self) -> None:
         """Run one decomposition at startup, because the first one in a process loads libraries."""
         device = torch.device("cpu") if self.device == "auto" else torch.device(self.device)
-        states = torch.randn((3, 64, 16), generator=torch.Generator().manual_seed(0))
+        states = torch.randn((3, 64, 16), generator=torch.Generator().manual_seed(0), device="cpu")
         try:
             profile_states(states.to(device), svd_rank=4, kreiss="never")
         except Exception:

@@ -177,8 +177,8 @@ def fit(
         raise CalibrationError(
             f"{len(examples)} runs, {sum(diverged)} of them diverged: at least {MIN_RUNS} are needed, some of each kind"
         )
-    x = torch.tensor([example.features() for example in examples], dtype=torch.float64)
-    y = torch.tensor(diverged, dtype=torch.float64)
+    x = torch.tensor([example.features() for example in examples], dtype=torch.float64, device="cpu")
+    y = torch.tensor(diverged, dtype=torch.float64, device="cpu")
     means, scales = x.mean(0), x.std(0)
     # A constant feature has no scale. Its standardised values are then 0, and the penalty sets its weight to 0.
     scales = torch.where(scales > 1e-9, scales, torch.ones_like(scales))
@@ -187,7 +187,7 @@ def fit(
     # A negative weight of the rate comes from noise in the runs. The likelihood is concave, so the optimum under
     # w_1 >= 0 then lies at w_1 = 0.
     if weights[0] < 0:
-        weights = torch.cat([torch.zeros(1, dtype=z.dtype), _newton(z[:, 1:], y)])
+        weights = torch.cat([torch.zeros(1, dtype=z.dtype, device="cpu"), _newton(z[:, 1:], y)])
     return Calibrator(
         adapter=adapter,
         weights=tuple(weights[:-1].tolist()),
@@ -213,11 +213,11 @@ def _newton(z: Tensor, y: Tensor) -> Tensor:
         (F + 1,): the weights, then the intercept.
     """
     design = torch.cat([z, torch.ones_like(y)[:, None]], dim=1)
-    penalty = torch.full((design.shape[1],), PENALTY, dtype=z.dtype)
+    penalty = torch.full((design.shape[1],), PENALTY, dtype=z.dtype, device="cpu")
     # The intercept has no penalty of weight, so the mean probability fits the share of diverged runs. The rest of 1e-9
     # keeps the curvature invertible.
     penalty[-1] = 1e-9
-    weights = torch.zeros(design.shape[1], dtype=z.dtype)
+    weights = torch.zeros(design.shape[1], dtype=z.dtype, device="cpu")
     # 1000 steps and a gradient of 1e-9 bound the iteration. Chosen by hand.
     for _ in range(1000):
         p = torch.sigmoid(design @ weights)

@@ -119,7 +119,9 @@ def _resolvents(matrices: Tensor, eigenvalues: Tensor, vectors: Tensor) -> tuple
     condition = condition_number(real_eigenvectors(eigenvalues, vectors))
     if (condition > _DEFECTIVE).any():
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(matrices.shape[1:], generator=generator, dtype=torch.float64).to(matrices.device)
+        noise = torch.randn(matrices.shape[1:], generator=generator, dtype=torch.float64, device="cpu").to(
+            matrices.device
+        )
         size = torch.linalg.matrix_norm(matrices, keepdim=True) * (condition > _DEFECTIVE)[:, None, None]
         eigenvalues, vectors = torch.linalg.eig(matrices + _PERTURBATION * size * noise)
     inverse = inverses(vectors)

@@ -284,7 +284,7 @@ def _empty(num_samples: int, exponent: float, size: int, svd_rank: int | None) -
     numbers: dict[str, Any] = dict.fromkeys(FIELDS, 0.0)
     numbers |= {"eigenvector_condition_number": 1.0, "kreiss_constant": None, "update_exponent": exponent}
     return LayerProfile(
-        eigenvalues=torch.zeros(0, dtype=torch.complex128),
+        eigenvalues=torch.zeros(0, dtype=torch.complex128, device="cpu"),
         num_samples=num_samples,
         svd_rank=svd_rank,
         informative=False,

@@ -99,7 +99,7 @@ class LayerProfile:
         """Convert from the result of `to_dict`."""
         pairs = [complex(real, imaginary) for real, imaginary in data["eigenvalues"]]
         rest = {name: value for name, value in data.items() if name != "eigenvalues"}
-        return cls(eigenvalues=torch.tensor(pairs, dtype=torch.complex128), **rest)
+        return cls(eigenvalues=torch.tensor(pairs, dtype=torch.complex128, device="cpu"), **rest)
 
 
 FIELDS: Final = tuple(field.name for field in fields(LayerProfile) if str(field.type).startswith("float"))

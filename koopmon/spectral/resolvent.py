@@ -29,7 +29,9 @@ class Resolvent:
         R* = V^{-*} diag(1 / conj(z - lambda)) V* turns the vector towards the leading right singular vectors.
         """
         generator = torch.Generator().manual_seed(0)
-        draw = torch.randn(self.eigenvalues.shape[1], 1, 2, generator=generator, dtype=torch.float64).to(points.device)
+        draw = torch.randn(self.eigenvalues.shape[1], 1, 2, generator=generator, dtype=torch.float64, device="cpu").to(
+            points.device
+        )
         vector = torch.view_as_complex(draw).to(self.vectors.dtype)
         return _unit(self.inverse.mH @ (self._poles(points).conj() * (self.vectors.mH @ vector)))
 

@@ -185,7 +185,7 @@ def _krylov_coordinates(x: Tensor, rank: int, block: int, seed: int) -> tuple[Te
         The basis (L, D, rank), and x in it (L, N, rank).
     """
     generator = torch.Generator().manual_seed(seed)
-    probes = torch.randn(x.shape[-1], block, generator=generator, dtype=x.dtype).to(x.device)
+    probes = torch.randn(x.shape[-1], block, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
     # Vectors are rows here: products with the whole x then read it in the order of its memory, in half the time.
     following = torch.linalg.qr(probes).Q.mT.expand(len(x), -1, -1)
     basis, image = following, torch.bmm(following, x.mT)

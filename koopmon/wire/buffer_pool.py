@@ -24,7 +24,7 @@ Allocator = Callable[[int], Tensor]
 
 def host_buffer(nbytes: int) -> Tensor:
     """Allocate ordinary host memory and touch its pages, so that the first snapshot causes no page faults."""
-    return torch.empty(nbytes, dtype=torch.uint8).zero_()
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu").zero_()
 
 
 class Slot:

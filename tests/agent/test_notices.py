@@ -16,8 +16,9 @@ from torch.optim import SGD, AdamW
 import koopmon
 from koopmon.agent import notices as notices_module
 from koopmon.agent.control.command_judge import CommandResult
-from koopmon.agent.notices import MAX_REFUSALS, Notices, model_name
+from koopmon.agent.notices import MAX_REFUSALS, Notices
 from koopmon.agent.stats import AgentStats
+from koopmon.block_finder import class_name
 from koopmon.wire.messages import Applied
 from tests.agent.models import build, train_step
 from tests.agent.scripted_monitor import ScriptedMonitor
@@ -194,15 +195,15 @@ def test_other_ranks_and_forked_children_print_nothing(
 
 
 def test_the_name_is_that_of_the_users_model() -> None:
-    assert model_name(build()) == "Model"
-    assert model_name(torch.compile(build(), backend="eager")) == "Model"
+    assert class_name(build()) == "Model"
+    assert class_name(torch.compile(build(), backend="eager")) == "Model"
 
     class Wrapper(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.module = build()
 
-    assert model_name(Wrapper()) == "Model"
+    assert class_name(Wrapper()) == "Model"
 
 
 def test_a_real_training_tells_its_attachment_its_changes_and_its_end(

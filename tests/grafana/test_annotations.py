@@ -199,6 +199,7 @@ def test_the_command_line_names_grafana_and_the_file_of_its_token(
             until(lambda: ready.exists() or process.poll() is not None)
             agent = connect(json.loads(ready.read_text())["endpoint"])
             agent.hello()
+            agent.heartbeat(2, dropped={"not_finite": 1})  # the first of two in a row
             backed_off(agent, 3)
             until(lambda: any("set_lr_scale" in each["tags"] for each in grafana.state.annotations))
         finally:

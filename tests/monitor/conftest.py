@@ -274,8 +274,12 @@ def store_path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start_monitor(store_path: Path) -> Iterator[Callable[..., ThreadedMonitor]]:
-    """Start a monitor in a thread; `tables` is its configuration."""
+def start_monitor(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ThreadedMonitor]]:
+    """Start a monitor in a thread; `tables` is its configuration.
+
+    One snapshot that is not finite is an alarm here: of several, the engine may drop any but the newest.
+    """
+    monkeypatch.setattr("koopmon.policy.state.NON_FINITE_SNAPSHOTS", 1)
     started: list[ThreadedMonitor] = []
 
     def start(*, bind: str = "tcp://127.0.0.1:0", store: Path | None = None, **tables: Any) -> ThreadedMonitor:

@@ -64,6 +64,8 @@ def test_after_a_sudden_death_the_run_is_seen_again(
     agent = connect(first.addresses.endpoint)
     agent.hello()
     agent.snapshot(1)
+    agent.snapshot(2, torch.full((4, 96, 12), math.nan).bfloat16())
+    agent.expect_command("set_cadence")
     agent.snapshot(3, torch.full((4, 96, 12), math.nan).bfloat16())
     command = agent.expect_command("set_lr_scale")
     held = Applied(lr_scale=command.lr_scale)

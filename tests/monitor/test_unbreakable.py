@@ -131,7 +131,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitorProcess]
 def guarded(monitor: MonitorProcess, agent: ScriptedAgent, step: int) -> None:
     """The monitor runs, and the run gets the command for its states."""
     assert monitor.process.poll() is None, monitor.log.read_text()[-2000:]
-    agent.heartbeat(step)
+    agent.heartbeat(step, dropped={"not_finite": step + 1})  # the first of two in a row
     agent.snapshot(step, not_finite())
     assert agent.expect_command("set_lr_scale").lr_scale is not None
     assert monitor.process.poll() is None, monitor.log.read_text()[-2000:]

@@ -211,7 +211,7 @@ class GraphTaps:
         """
         if self._picks is not None and choose is not None and self._num_tokens:
             rows = choose(self._num_tokens, len(self._picks))
-            self._picks.copy_(rows[torch.arange(len(self._picks)) % len(rows)])
+            self._picks.copy_(rows[torch.arange(len(self._picks), device="cpu") % len(rows)])
         for tap in self.taps:
             for name in self._slots:
                 getattr(tap, f"{name}_taken").fill_(-1)

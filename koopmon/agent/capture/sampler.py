@@ -75,10 +75,10 @@ class Sampler:
         self._num_layers = 0
         self._paired = False
         self._slot: Slot | None = None
-        self._host: Tensor = torch.empty(0)
+        self._host: Tensor = torch.empty(0, device="cpu")
         self._points: Sequence[Tensor] = ()
         """Memory of each point: of `_host`, or on the device."""
-        self._rows: Tensor = torch.empty(0)
+        self._rows: Tensor = torch.empty(0, device="cpu")
         self._num_valid: Tensor | None = None
         self._ahead = RowsAhead(config.seed, data_rank, share)
         self._slow = SlowSignals()
@@ -247,11 +247,13 @@ class _DeviceStage:
         if small is None:
             return None
         small.record_stream(self._stream)
-        return torch.empty(small.shape, dtype=small.dtype, pin_memory=True).copy_(small, non_blocking=True)
+        return torch.empty(small.shape, dtype=small.dtype, pin_memory=True, device="cpu").copy_(
+            small, non_blocking=True
+        )
 
 
 def _pinned(nbytes: int) -> Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True, device="cpu")
 
 
 def _common(known: torch.dtype | None, found: torch.dtype) -> torch.dtype:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import nn
 
 from koopmon.agent.circuit_breaker import logger
-from koopmon.api import Stack
-from koopmon.block_finder import WRAPPER_ATTRIBUTES, canonical_name
+from koopmon.api import Stack, unwrapped
+from koopmon.block_finder import canonical_name
 from koopmon.errors import KoopmonError
 from koopmon.logs import log_for_job
 from koopmon.plugins import Selection
@@ -107,16 +107,6 @@ class BlockChanges:
         self._num_changes += 1
         self._num_unverified += 1
         return selection
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside the wrappers of torch around `module`."""
-    while len(children := list(module._modules.items())) == 1:
-        name, inner = children[0]
-        if name not in WRAPPER_ATTRIBUTES or inner is None:
-            break
-        module = inner
-    return module
 
 
 def same_blocks(stack: Stack, candidates: Sequence[Stack]) -> bool:

@@ -321,7 +321,7 @@ def hold(weights: Sequence[HeldWeight]) -> None:
         if above:
             torch._foreach_mul_([tensor for tensor, _ in above], [factor for _, factor in above])
         return
-    limits = torch.tensor(ceilings, dtype=norms.dtype).to(norms.device, non_blocking=True)
+    limits = torch.tensor(ceilings, dtype=norms.dtype, device="cpu").to(norms.device, non_blocking=True)
     factors = (limits / norms).clamp_(max=1.0).nan_to_num_(nan=1.0)
     torch._foreach_mul_(tensors, list(factors.unbind()))
 

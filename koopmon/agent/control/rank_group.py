@@ -125,7 +125,7 @@ class RankGroup:
         self._threads: list[threading.Thread] = []
         self._group: Any = None
         self._work: Any = None
-        self._buffer = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
+        self._buffer = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8, device="cpu")
         self._next: int | None = None
         """Time of the next exchange, in steps or collectives done; None while none is agreed."""
         self._agreed = threading.Event()
@@ -227,7 +227,7 @@ class RankGroup:
         """Return True if every rank passes True. Waits for them, at most the time-out. A failure returns False."""
         if not self.ready:
             return False
-        tensor = torch.tensor([value], dtype=torch.int64)
+        tensor = torch.tensor([value], dtype=torch.int64, device="cpu")
         options: Any = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MIN
         work = None
@@ -282,7 +282,9 @@ class RankGroup:
         held = [self._group, self._work, work]
         self._group = self._work = self._next = None
         self._agreed.clear()
-        self._buffer = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)  # an operation may still write to the old one
+        self._buffer = torch.zeros(
+            MESSAGE_BYTES, dtype=torch.uint8, device="cpu"
+        )  # an operation may still write to the old one
         if held[0] is not None:
             # The thread that drops the last reference to a group waits for its operations: use another thread.
             self._start(self._release, held)
@@ -378,7 +380,7 @@ class RankGroup:
 
     def _differ_within(self, group: Any, share: ReplicaFingerprint) -> bool:
         """Return True if ranks of one data rank saw different states enter their blocks. The same on all ranks."""
-        mine = torch.tensor([share.data_rank, share.fingerprint], dtype=torch.int64)
+        mine = torch.tensor([share.data_rank, share.fingerprint], dtype=torch.int64, device="cpu")
         every = [torch.empty_like(mine) for _ in range(self._world.size)]
         work = group.allgather([every], [mine])
         self._wait(work)
@@ -387,7 +389,7 @@ class RankGroup:
         return len(told) > len({data_rank for data_rank, _ in told})
 
     def _all_reduce(self, group: Any, value: int, operation: Any) -> int:
-        tensor = torch.tensor([value], dtype=torch.int64)
+        tensor = torch.tensor([value], dtype=torch.int64, device="cpu")
         options = dist.AllreduceOptions()
         options.reduceOp = operation
         work = group.allreduce([tensor], options)

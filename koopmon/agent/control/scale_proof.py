@@ -173,7 +173,7 @@ def _updates_around(wrapper: Optimizer, sample: list[Tensor], scale: float, with
         num_calls[0] += 1
         for each, gradient in zip(clones, gradients, strict=True):
             each.grad = gradient + 0.5 * gradient.flatten().roll(num_calls[0]).view_as(gradient)
-        return torch.ones(())
+        return torch.ones((), device="cpu")
 
     arguments, num_calls = [closure] if with_closure else [], [0]
     moved: list[list[float]] = [[] for _ in clones]

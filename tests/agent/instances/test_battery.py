@@ -10,6 +10,8 @@ import pytest
 from tests.agent.instances import (
     blindness,
     everyday,
+    interruptions,
+    loops,
     methods,
     published,
     states,
@@ -22,13 +24,30 @@ from tests.agent.instances import (
 from tests.agent.instances.battery import Case
 from tests.agent.instances.conftest import Outcome
 
-MODULES = (blindness, everyday, methods, published, states, surgery, traversals, users_objects, what_trains, written)
+MODULES = (
+    blindness,
+    everyday,
+    interruptions,
+    loops,
+    methods,
+    published,
+    states,
+    surgery,
+    traversals,
+    users_objects,
+    what_trains,
+    written,
+)
 CASES = [
     pytest.param(case, id=f"{module.__name__.rpartition('.')[2]}: {case.name}")
     for module in MODULES
     for case in module.battery.cases
 ]
-CASES += [pytest.param(case, id=f"methods: {case.name}", marks=pytest.mark.process) for case in methods.forks.cases]
+CASES += [
+    pytest.param(case, id=f"forks: {case.name}", marks=pytest.mark.process)
+    for module in (interruptions, methods)
+    for case in module.forks.cases
+]
 
 
 @pytest.mark.filterwarnings("ignore")  # the compilers and tracers have many of their own
