@@ -42,6 +42,7 @@ TESTED_IN = {
     "koopmon/agent/control/all_actions.py": "tests/agent/control/test_actuator.py",
     "koopmon/agent/control/command_judge.py": "tests/agent/control/test_actuator.py",
     "koopmon/agent/handle.py": "tests/agent/test_attach.py",
+    "koopmon/agent/optimizer_watch.py": "tests/agent/test_autoload.py",
     "koopmon/agent/rank_identity.py": "tests/agent/test_parallelism.py",
     "koopmon/agent/roles.py": "tests/agent/test_lifecycle.py",
     "koopmon/agent/runtime.py": "tests/agent/test_attach.py",

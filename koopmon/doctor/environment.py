@@ -29,7 +29,8 @@ def version(name):
         return None
 hooks = [type(finder).__module__ for finder in sys.meta_path]
 flags = [name for name in ("isolated", "no_site", "ignore_environment") if getattr(sys.flags, name)]
-print(json.dumps({"live": "koopmon.agent.autoload" in hooks, "koopmon": version("koopmon"), "torch": version("torch"),
+print(json.dumps({"live": "koopmon.agent.optimizer_watch" in hooks,
+                  "koopmon": version("koopmon"), "torch": version("torch"),
                   "python": sys.version.split()[0], "prefix": sys.prefix, "flags": flags}))
 """
 

@@ -14,15 +14,8 @@ from typing import Any
 import pytest
 from torch.optim import AdamW
 
-from koopmon.agent.autoload import (
-    _MARK,
-    DIRECTORY,
-    IDLE_STEPS,
-    MAX_MODELS,
-    _name_child,
-    _Watch,
-    should_attach,
-)
+from koopmon.agent.autoload import DIRECTORY, _name_child, should_attach
+from koopmon.agent.optimizer_watch import ATTACHED_PID, IDLE_STEPS, MAX_MODELS, OptimizerWatch
 from tests.agent.models import build, train_step
 
 ENDPOINT = {"KOOPMON_ENDPOINT": "ipc:///nowhere/control", "KOOPMON_RUN": "autoload-test"}
@@ -612,8 +605,8 @@ def test_an_attachment_after_a_step_leaves_the_hooks_of_that_step_alone(
     monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_global_optimizer_post_hooks", OrderedDict())
     monkeypatch.setenv("KOOPMON_ENDPOINT", f"ipc://{tmp_path}/control")
     monkeypatch.setenv("KOOPMON_RUN", "job")
-    monkeypatch.setenv(_MARK, str(os.getpid()))
-    watch, calls = _Watch(), 0
+    monkeypatch.setenv(ATTACHED_PID, str(os.getpid()))
+    watch, calls = OptimizerWatch(), 0
 
     def hook(*_: Any) -> None:
         nonlocal calls

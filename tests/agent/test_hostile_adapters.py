@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from koopmon import plugin_calls
-from koopmon.agent import autoload
+from koopmon.agent.optimizer_watch import OptimizerWatch
 from tests.agent.models import build, train_step
 from tests.agent.scripted_monitor import Hello, ScriptedMonitor
 from tests.agent.test_attach import hooks_of, optimizer_of
@@ -148,6 +148,6 @@ def test_a_plugin_does_not_end_the_process_that_makes_an_optimizer(
 
     monkeypatch.setattr("koopmon.attach", ends, raising=False)
     model = build()
-    autoload._Watch().on_optimizer_created(optimizer_of(model))
+    OptimizerWatch().on_optimizer_created(optimizer_of(model))
     (record,) = caplog.records
     assert "not attached, training goes on without koopmon: SystemExit: 7" in record.getMessage()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from koopmon.agent.autoload import _MARK, _Watch
+from koopmon.agent.optimizer_watch import ATTACHED_PID, OptimizerWatch
 from koopmon.agent.training_steps import TrainingSteps
 from tests.agent.instances.battery import Net, V, loss_of, sgd, tokens, update
 from tests.agent.scripted_monitor import ScriptedMonitor
@@ -506,7 +506,7 @@ def test_every_model_that_trains_is_followed(
     monkeypatch.setattr(torch.optim.Optimizer, "__init__", torch.optim.Optimizer.__init__)
     monkeypatch.setenv("KOOPMON_ENDPOINT", monitor.endpoint)
     monkeypatch.setenv("KOOPMON_RUN", "job")
-    monkeypatch.setenv(_MARK, str(os.getpid()))
+    monkeypatch.setenv(ATTACHED_PID, str(os.getpid()))
     numbers: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
     followed: Counter[int] = Counter()
     end_step = TrainingSteps._end_step
@@ -517,7 +517,7 @@ def test_every_model_that_trains_is_followed(
             followed[numbers.setdefault(model, len(followed))] += 1
 
     monkeypatch.setattr(TrainingSteps, "_end_step", count)
-    watch = _Watch()
+    watch = OptimizerWatch()
     watch.wrap(sys.modules["torch.optim.optimizer"])
     try:
         torch.manual_seed(0)
