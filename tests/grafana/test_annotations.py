@@ -169,9 +169,11 @@ def test_a_monitor_whose_grafana_is_dead_guards_all_the_same(
         monitor = start_process(grafana={"url": url, "timeout_seconds": 60.0})
         agent = connect(monitor.addresses.endpoint)
         agent.hello()
-        agent.snapshot(1)
+        agent.heartbeat(2, dropped={"not_finite": 1})  # the first of two in a row
         command = backed_off(agent, 3)
-        agent.acknowledge(command, "applied", Applied(lr_scale=command.lr_scale), step=4)
+        held = Applied(lr_scale=command.lr_scale)
+        agent.acknowledge(command, "applied", held, step=4)
+        agent.heartbeat(19, dropped={"not_finite": 2}, applied=held)
         assert backed_off(agent, 20).lr_scale < command.lr_scale
         assert monitor.end(signal.SIGTERM) == 0
     log = monitor.log.read_text()

@@ -28,6 +28,12 @@ from koopmon.wire.messages import MAX_LOGGED, Command, LoggedScalar, TrainingSte
 from tests import factories
 
 
+@pytest.fixture(autouse=True)
+def one_snapshot_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One snapshot that is not finite is an alarm here: the tests are about what follows it."""
+    monkeypatch.setattr("koopmon.policy.state.NON_FINITE_SNAPSHOTS", 1)
+
+
 def watched(**hello: Any) -> Run:
     return factories.admit(RunRegistry(MonitorConfig()), 0.0, factories.hello(**hello), b"peer").run
 
