@@ -14,7 +14,7 @@ from koopmon.config.tables import KssConfig, RiskConfig, Section
 from koopmon.logs import LogLimit
 from koopmon.wire.messages import Hello
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("koopmon.config")
 
 S = TypeVar("S", bound=Section)
 

@@ -106,7 +106,7 @@ def test_the_controller_acts_as_late_as_the_wire_does() -> None:
         controller.begin(step)
         if controller.lr_scale < 1.0:
             break
-        controller.see(step, None if step == 5 else _calm(), 2.0, 0.01)
+        controller.see(step, None if step in (4, 5) else _calm(), 2.0, 0.01)
     assert step == 5 + DELAY
     assert controller.num_actions == 1
     assert controller.min_lr_scale == 0.25, "states that are not finite are severe"

@@ -236,6 +236,11 @@ sys.exit(status)
 """
 
 
+def _hang_ups_end_it() -> None:
+    """Undo what nohup does to the tests: an ignored signal is inherited."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class MonitorProcess(Served):
     """A monitor in another process, which can be signalled and killed."""
 
@@ -247,6 +252,7 @@ class MonitorProcess(Served):
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", SERVE, json.dumps(given)],
+                preexec_fn=_hang_ups_end_it,
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -274,12 +280,14 @@ def store_path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start_monitor(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ThreadedMonitor]]:
-    """Start a monitor in a thread; `tables` is its configuration.
-
-    One snapshot that is not finite is an alarm here: of several, the engine may drop any but the newest.
-    """
+def one_snapshot_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One snapshot that is not finite is an alarm here: the tests are about what follows it."""
     monkeypatch.setattr("koopmon.policy.state.NON_FINITE_SNAPSHOTS", 1)
+
+
+@pytest.fixture
+def start_monitor(store_path: Path, one_snapshot_is_enough: None) -> Iterator[Callable[..., ThreadedMonitor]]:
+    """Start a monitor in a thread; `tables` is its configuration. The engine may drop all snapshots but the newest."""
     started: list[ThreadedMonitor] = []
 
     def start(*, bind: str = "tcp://127.0.0.1:0", store: Path | None = None, **tables: Any) -> ThreadedMonitor:

@@ -22,6 +22,8 @@ from koopmon.wire.messages import Command, MonitorMessage
 from tests import factories
 from tests.monitor.world import BAD, GOOD, World
 
+pytestmark = pytest.mark.usefixtures("one_snapshot_is_enough")
+
 PARTS: tuple[Any, ...] = ("store", "metrics", "page", "annotation")
 
 

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 from koopmon import policy
 from koopmon.history.writer import HistoryWriter
 from koopmon.logs import MINUTE
-from koopmon.monitor import daemon
+from koopmon.monitor import channels, daemon
 from koopmon.monitor.assembler import Assembler
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.history_sink import HistorySink
@@ -250,7 +250,7 @@ def test_a_loop_that_cannot_wait_is_not_healthy(
     page = f"http://{monitor.addresses.http}/healthz"
     monkeypatch.setattr(daemon, "ALIVE_SECONDS", 0.5)
     with monkeypatch.context() as patch:
-        patch.setattr(daemon.Poller, "wait", fail)
+        patch.setattr(channels.Poller, "wait", fail)
         until(lambda: httpx.get(page, timeout=30.0).status_code == 503)
         seen = monitor.samples()['internal_errors_total{part="loop"}']
         assert seen < 1000, "it does not spin"

@@ -29,13 +29,9 @@ from koopmon.wire.messages import Ack, Applied, TrainingStep
 from tests import factories
 from tests.notify.servers import WebhookServer
 
+pytestmark = pytest.mark.usefixtures("one_snapshot_is_enough")
+
 PAGES = "https://koopmon.example.org/"
-
-
-@pytest.fixture(autouse=True)
-def one_snapshot_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One snapshot that is not finite is an alarm here: the tests are about what follows it."""
-    monkeypatch.setattr("koopmon.policy.state.NON_FINITE_SNAPSHOTS", 1)
 
 
 def watched(config: Config | None = None, **hello: Any) -> Run:

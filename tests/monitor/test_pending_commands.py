@@ -14,6 +14,8 @@ from koopmon.wire.messages import Ack, Applied, Command, Goodbye
 from tests import factories
 from tests.monitor.world import GOOD, World
 
+pytestmark = pytest.mark.usefixtures("one_snapshot_is_enough")
+
 OUTCOMES = ("applied", "expired", "refused", "failed", "duplicate")
 
 

@@ -27,11 +27,7 @@ from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, Metrics
 from koopmon.wire.messages import MAX_LOGGED, Command, LoggedScalar, TrainingStep
 from tests import factories
 
-
-@pytest.fixture(autouse=True)
-def one_snapshot_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One snapshot that is not finite is an alarm here: the tests are about what follows it."""
-    monkeypatch.setattr("koopmon.policy.state.NON_FINITE_SNAPSHOTS", 1)
+pytestmark = pytest.mark.usefixtures("one_snapshot_is_enough")
 
 
 def watched(**hello: Any) -> Run:

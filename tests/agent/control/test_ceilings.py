@@ -368,7 +368,7 @@ def test_small_factors_are_capped(bench: Callable[..., Projected]) -> None:
 def test_the_action_keeps_no_weight_alive(bench: Callable[..., Projected]) -> None:
     action = Ceilings(LimitsConfig())
     weight = nn.Parameter(torch.ones(4))
-    action._held = {0: [ceilings_module._Weight("w", weakref.ref(weight), 1.0)]}
+    action._held = {0: [ceilings_module.HeldWeight("w", weakref.ref(weight), 1.0)]}
     ceilings_module.hold(action._held[0])
     assert float(weight.detach().norm()) == pytest.approx(1.0)
     del weight
@@ -380,13 +380,13 @@ def test_the_action_keeps_no_weight_alive(bench: Callable[..., Projected]) -> No
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_left_alone(value: float) -> None:
     weight = nn.Parameter(torch.tensor([value, 1.0]))
-    ceilings_module.hold([ceilings_module._Weight("w", weakref.ref(weight), 0.5)])
+    ceilings_module.hold([ceilings_module.HeldWeight("w", weakref.ref(weight), 0.5)])
     assert weight[1] == 1.0
 
 
 def test_a_large_weight_counts_as_held() -> None:
     action, weight = Ceilings(LimitsConfig()), nn.Parameter(torch.randn(1500, 1500))
-    held = [ceilings_module._Weight("w", weakref.ref(weight), 0.9 * float(weight.detach().double().norm()))]
+    held = [ceilings_module.HeldWeight("w", weakref.ref(weight), 0.9 * float(weight.detach().double().norm()))]
     action._held = {0: held}
     assert action._above().startswith("w has the norm")
     ceilings_module.hold(held)
@@ -396,7 +396,7 @@ def test_a_large_weight_counts_as_held() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_each_type_of_weights_is_held(dtype: torch.dtype) -> None:
     weight = nn.Parameter(torch.randn(64, 64).to(dtype))
-    ceilings_module.hold([ceilings_module._Weight("w", weakref.ref(weight), 3.0)])
+    ceilings_module.hold([ceilings_module.HeldWeight("w", weakref.ref(weight), 3.0)])
     assert float(weight.detach().double().norm()) == pytest.approx(3.0, rel=2.0 * torch.finfo(dtype).eps)
 
 

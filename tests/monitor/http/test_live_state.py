@@ -21,6 +21,8 @@ from koopmon.views.run_view import RunView
 from tests import factories
 from tests.factories import point
 
+pytestmark = pytest.mark.usefixtures("one_snapshot_is_enough")
+
 Feed = Callable[..., Any]
 Profile = Callable[..., Any]
 

@@ -10,6 +10,8 @@ import pytest
 
 from koopmon.monitor.http.policy_preview import preview
 
+pytestmark = pytest.mark.usefixtures("one_snapshot_is_enough")
+
 Feed = Callable[..., Any]
 Profile = Callable[..., Any]
 

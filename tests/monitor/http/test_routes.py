@@ -35,7 +35,7 @@ def client(live_state: LiveState) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def told(feed: Feed, make_profile: Profile) -> Any:
+def told(feed: Feed, make_profile: Profile, one_snapshot_is_enough: None) -> Any:
     """A run with hostile values in every name of a peer, after an action and its ack."""
     fed = feed(NAME, adapter=HOSTILE, hostname=HOSTILE)
     fed.judge(1, make_profile())
