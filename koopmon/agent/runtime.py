@@ -22,7 +22,7 @@ from koopmon.agent.circuit_breaker import CircuitBreaker
 from koopmon.agent.comms.io_thread import IOThread
 from koopmon.agent.control.action import ControlAction, overriding
 from koopmon.agent.control.all_actions import make_actions
-from koopmon.agent.control.new_optimizers import listen
+from koopmon.agent.control.new_optimizers import ignore, listen
 from koopmon.agent.control.optimizer_set import OptimizerSet
 from koopmon.agent.control.rank_group import RankGroup
 from koopmon.agent.lifecycle import LifeCycle, RankedState, StoodDown, WaitingForRanks
@@ -189,6 +189,7 @@ class AgentRuntime:
         self.closed = True
         for other in self._beside:
             other.close(reason)
+        ignore(self.steps)
         self.steps.close()
         if (kept := self._roles.kept) is not None and not reason:
             kept.clear()

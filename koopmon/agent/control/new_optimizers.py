@@ -27,8 +27,14 @@ _listeners: list[weakref.ref[StepListener]] = []
 
 def listen(listener: StepListener) -> None:
     """Call `listener` after each step of any optimizer, while it lives."""
-    _listeners[:] = [each for each in _listeners if each() not in (None, listener)] + [weakref.ref(listener)]
+    ignore(listener)
+    _listeners.append(weakref.ref(listener))
     prepare()
+
+
+def ignore(listener: StepListener) -> None:
+    """Call `listener` no more."""
+    _listeners[:] = [each for each in _listeners if each() not in (None, listener)]
 
 
 def prepare() -> None:

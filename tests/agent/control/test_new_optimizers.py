@@ -42,6 +42,32 @@ def test_a_listener_hears_every_optimizer_while_it_lives() -> None:
     assert steps == optimizers
 
 
+def test_a_listener_that_is_ignored_is_not_called() -> None:
+    first, second = Listener(), Listener()
+    for each in (first, second):
+        new_optimizers.listen(each)
+    optimizer = SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    optimizer.step()
+    for _ in range(2):
+        new_optimizers.ignore(first)
+    optimizer.step()
+    assert (len(first.steps), len(second.steps)) == (1, 2)
+
+
+def test_a_closed_training_costs_later_ones_nothing(agents: Attach) -> None:
+    """One process may train many models in turn, and none of them need be collected."""
+    kept = []
+    before = len(new_optimizers._listeners)
+    for _ in range(3):
+        model = build()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        agent = agents(model, optimizer, endpoint="tcp://127.0.0.1:9")
+        kept.append((model, optimizer, agent))
+        train_step(model, optimizer, 0)
+        agent.close()
+    assert len(new_optimizers._listeners) <= before
+
+
 def members(agent: Any) -> list[Optimizer]:
     return list(agent._runtime.optimizers)
 
