@@ -95,13 +95,17 @@ def _actions(actions: Sequence[CommandView]) -> Iterator[tuple[str, str]]:
     alphas = [(each.command.kss.alpha, each.applied_step) for each in restraints if each.command.kss is not None]
     if alphas:
         yield "KSS", f"raised {times(len(alphas))}, to alpha {max(alphas)[0]:.3g}, first at step {alphas[0][1]}"
+    if held := [each for each in restraints if each.command.ceilings]:
+        released = [each for each in actions if each.applied_step is not None and each.command.ceilings == {}]
+        last = f", released at step {released[-1].applied_step}" if released else ""
+        yield "Ceilings", f"on what layers write, {times(len(held))}, first at step {held[0].applied_step}{last}"
     if stops := [each for each in restraints if each.command.kind == "stop"]:
         yield "Stop", f"requested at step {stops[0].applied_step}"
     if failed := [each for each in actions if each.outcome in NOT_APPLIED]:
         detail = f" ({failed[0].detail})" if failed[0].detail else ""
         yield "Not applied", f"{_commands(len(failed))}; the first: {failed[0].outcome}{detail}"
-    if held := sum(each.outcome == "dry_run" for each in actions):
-        yield "Not sent", f"{_commands(held)}, because this job was only watched"
+    if unsent := sum(each.outcome == "dry_run" for each in actions):
+        yield "Not sent", f"{_commands(unsent)}, because this job was only watched"
 
 
 def _commands(count: int) -> str:

@@ -95,6 +95,7 @@ class Recorder:
         reason: str = "because",
         lr_scale: float | None = None,
         alpha: float | None = None,
+        ceilings: dict[int, float] | None = None,
         dense: bool = False,
     ) -> None:
         """Record a decision with one command; `outcome` None means not sent. `after` is the number of steps until the
@@ -102,7 +103,8 @@ class Recorder:
         """
         self.count += 1
         name = f"{self.count:08x}"
-        kind = "set_cadence" if dense else "set_lr_scale" if lr_scale is not None else "set_kss"
+        shapes = "set_kss" if ceilings is None else "set_ceilings"
+        kind = "set_cadence" if dense else "set_lr_scale" if lr_scale is not None else shapes
         command = Command(
             run=self.run,
             incarnation=self.incarnation,
@@ -112,6 +114,7 @@ class Recorder:
             expires_step=step + 50,
             lr_scale=lr_scale,
             kss=None if alpha is None else KssSettings(alpha=alpha),
+            ceilings=ceilings,
             cadence_steps=1 if dense else None,
         )
         at = self.began + 0.01 * step

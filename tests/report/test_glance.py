@@ -53,6 +53,16 @@ def test_kss_a_stop_and_verdicts_are_counted(recorder: Recorder) -> None:
     assert told["Risk"] == "0.40 or more from step 0; highest 0.90 at step 0"
 
 
+def test_ceilings_at_a_glance(recorder: Recorder) -> None:
+    recorder.hello()
+    for step in range(20):
+        recorder.saw(step, 0.9 if step < 10 else 0.1, 3.0)
+    recorder.did(5, 0.9, ceilings={0: 0.5}, after=2)
+    assert glance(recorder.facts())["Ceilings"] == "on what layers write, once, first at step 7"
+    recorder.did(15, 0.1, ceilings={}, after=1)
+    assert glance(recorder.facts())["Ceilings"] == "on what layers write, once, first at step 7, released at step 16"
+
+
 @pytest.mark.parametrize(
     ("hello", "outcome", "detail", "name", "says"),
     [
