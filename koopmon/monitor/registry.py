@@ -43,7 +43,7 @@ MAX_TURNOVER = 4
 """New runs within a minute, beside MAX_LAUNCHES, as a multiple of `[monitor] max_runs`. A source may begin as many as
 it leaves to others."""
 SILENT_SECONDS = 10.0
-"""Time after which a run that has sent nothing but hellos makes room for a new one. Agents send heartbeats at once."""
+"""Time after which a run that has sent only hellos may be removed for a new one. Agents send heartbeats at once."""
 MAX_RETIRED = 64
 """Maximum number of earlier incarnations kept per run, to distinguish a late message from a new launch."""
 

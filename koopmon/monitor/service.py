@@ -313,7 +313,7 @@ class Service:
             self._refuse(peer, hello, "an error in the monitor: its log has the traceback")
             return
         if admission.displaced is not None:
-            logger.info("run %s has sent no snapshot: it makes room for run %s", admission.displaced.name, hello.run)
+            logger.info("run %s is removed for run %s: it has sent no snapshot", admission.displaced.name, hello.run)
             with self.failures.contained("command", admission.displaced.name):
                 self._close(admission.displaced, "")
         for removed in admission.removed:

@@ -96,9 +96,9 @@ def _actions(actions: Sequence[CommandView]) -> Iterator[tuple[str, str]]:
     if alphas:
         yield "KSS", f"raised {times(len(alphas))}, to alpha {max(alphas)[0]:.3g}, first at step {alphas[0][1]}"
     if held := [each for each in restraints if each.command.ceilings]:
-        released = [each for each in actions if each.applied_step is not None and each.command.ceilings == {}]
-        last = f", released at step {released[-1].applied_step}" if released else ""
-        yield "Ceilings", f"on what layers write, {times(len(held))}, first at step {held[0].applied_step}{last}"
+        latest = [each for each in actions if each.applied_step is not None and each.command.ceilings is not None][-1]
+        end = "" if latest.command.ceilings else f", released at step {latest.applied_step}"
+        yield "Ceilings", f"on what layers write, {times(len(held))}, first at step {held[0].applied_step}{end}"
     if stops := [each for each in restraints if each.command.kind == "stop"]:
         yield "Stop", f"requested at step {stops[0].applied_step}"
     if failed := [each for each in actions if each.outcome in NOT_APPLIED]:

@@ -61,6 +61,8 @@ def test_ceilings_at_a_glance(recorder: Recorder) -> None:
     assert glance(recorder.facts())["Ceilings"] == "on what layers write, once, first at step 7"
     recorder.did(15, 0.1, ceilings={}, after=1)
     assert glance(recorder.facts())["Ceilings"] == "on what layers write, once, first at step 7, released at step 16"
+    recorder.did(18, 0.9, ceilings={0: 0.5}, after=1)
+    assert glance(recorder.facts())["Ceilings"] == "on what layers write, 2 times, first at step 7"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -321,6 +321,21 @@ def the_agent_is_closed_and_attached_in_each_epoch(watch: Watch) -> Iterator[Ten
             agent.close()
 
 
+def register(place: str, model: Any, optimizer: Any, hook: Callable[..., None]) -> None:
+    """Call `hook` from a hook of the user, at one place of a step."""
+    match place:
+        case "forward":
+            model.blocks[1].register_forward_hook(hook)
+        case "backward":
+            model.blocks[1].register_full_backward_hook(hook)
+        case "parameter":
+            model.head.weight.register_post_accumulate_grad_hook(hook)
+        case "step":
+            optimizer.register_step_pre_hook(hook)
+        case "step_end":
+            optimizer.register_step_post_hook(hook)
+
+
 def attached_within(watch: Watch, place: str) -> Iterator[Tensor]:
     model = Net()
     optimizer = sgd(model)
@@ -331,17 +346,7 @@ def attached_within(watch: Watch, place: str) -> Iterator[Tensor]:
             done.append(True)
             watch(model, optimizer)
 
-    match place:
-        case "forward":
-            model.blocks[1].register_forward_hook(attach)
-        case "backward":
-            model.blocks[1].register_full_backward_hook(attach)
-        case "parameter":
-            model.head.weight.register_post_accumulate_grad_hook(attach)
-        case "step":
-            optimizer.register_step_pre_hook(attach)
-        case "step_end":
-            optimizer.register_step_post_hook(attach)
+    register(place, model, optimizer, attach)
     for step in range(8):
         yield update(loss_of(model, step), optimizer)
 
@@ -357,17 +362,7 @@ def closed_within(watch: Watch, place: str) -> Iterator[Tensor]:
         if len(calls) == 10 and agent is not None:
             agent.close()
 
-    match place:
-        case "forward":
-            model.blocks[1].register_forward_hook(close)
-        case "backward":
-            model.blocks[1].register_full_backward_hook(close)
-        case "parameter":
-            model.head.weight.register_post_accumulate_grad_hook(close)
-        case "step":
-            optimizer.register_step_pre_hook(close)
-        case "step_end":
-            optimizer.register_step_post_hook(close)
+    register(place, model, optimizer, close)
     for step in range(10):
         yield update(loss_of(model, step), optimizer)
 
