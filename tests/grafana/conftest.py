@@ -8,7 +8,16 @@ import pytest
 
 from koopmon.cli import main
 from tests.fake_grafana import TOKEN, FakeGrafana
-from tests.monitor.conftest import connect, start_monitor, start_process, store_path, until  # noqa: F401
+from tests.monitor.conftest import (
+    connect,
+    one_snapshot_is_enough,
+    start_monitor,
+    start_process,
+    store_path,
+    until,
+)
+
+__all__ = ["connect", "one_snapshot_is_enough", "start_monitor", "start_process", "store_path", "until"]
 
 Push = Callable[..., tuple[int, str, str]]
 

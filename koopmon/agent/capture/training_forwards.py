@@ -69,8 +69,8 @@ class TrainingForwards:
         """Forwards of the root since the last step edge, while resting."""
         self._root_trains: bool | None = None
         """The mode of a root that was called without gradients, until a block of it runs with some."""
-        self._thread = 0
-        """The thread of the forward that has entered the root."""
+        self._thread: int | None = None
+        """The thread of the open forward or, while none is open, of the last training forward."""
         self._model = weakref.ref(model)
         self._breaker = breaker
         self._events = events
@@ -123,8 +123,14 @@ class TrainingForwards:
         self.others.clear()
 
     def is_elsewhere(self) -> bool:
-        """Return True in another thread than that of the open forward, as for a validation beside the training."""
-        return self.in_root and threading.get_ident() != self._thread
+        """Return True for a call beside the training, such as a validation in another thread.
+
+        It is in another thread than the open forward. Without gradients, it is in another thread than the last training
+        forward.
+        """
+        if self._thread is None or threading.get_ident() == self._thread:
+            return False
+        return self.in_root or not torch.is_grad_enabled()
 
     def begin(self, training: bool, gradients: bool) -> None:
         """Begin a forward with these modes, unless it is no training forward."""
@@ -137,6 +143,7 @@ class TrainingForwards:
             self.others["in eval mode"] += 1
             return
         self.trains_in_eval = not training
+        self._thread = threading.get_ident()
         self._listener.on_forward()  # may end the step before, which counts its forwards
         self._events.on_begin()
         self.count += 1
@@ -167,13 +174,16 @@ class TrainingForwards:
             if self._num_rested > MAX_RESTED or uneven:  # the optimizer may be another one, or step without its hooks
                 self._listener.on_no_step()
             return
-        if recomputing() or self.is_elsewhere():
+        gradients = torch.is_grad_enabled()
+        # A training forward takes the place of a validation that is open in another thread.
+        beside = self.is_elsewhere() and not (gradients and self._root_trains is not None)
+        if recomputing() or beside:
             return
         if is_foreign():
             self.others["transformed"] += 1
             return
-        self.begin(module.training, torch.is_grad_enabled())
-        self._root_trains = None if torch.is_grad_enabled() else module.training
+        self.begin(module.training, gradients)
+        self._root_trains = None if gradients else module.training
         self.in_root, self._thread = True, threading.get_ident()
         self._events.on_root(module, args, kwargs)
 

@@ -243,26 +243,89 @@ def a_forward_with_gradients_within_the_forward(watch: Watch) -> Iterator[Tensor
     yield from train(watch, Twice())
 
 
+def validated(
+    watch: Watch, model: nn.Module, validate: Callable[[], Any], step_loss: Callable[[int], Tensor]
+) -> Iterator[Tensor]:
+    """Train while another thread calls `validate` without gradients, again and again, at least once per step."""
+    optimizer = sgd(model)
+    watch(model, optimizer)
+    ends, calls = threading.Event(), threading.Semaphore(0)
+
+    def run() -> None:
+        with torch.no_grad():
+            while not ends.is_set():
+                validate()
+                calls.release()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        for step in range(12):
+            calls.acquire()
+            yield update(step_loss(step), optimizer)
+    finally:
+        ends.set()
+        thread.join()
+
+
 @battery.case()
 def a_thread_that_validates_meanwhile(watch: Watch) -> Iterator[Tensor]:
     model = Net()
+    yield from validated(watch, model, lambda: model(tokens(7)), lambda step: loss_of(model, step))
+
+
+@battery.case()
+def a_thread_that_validates_in_eval_mode_what_is_trained_in_it(watch: Watch) -> Iterator[Tensor]:
+    model = Net().eval()
+    yield from validated(watch, model, lambda: model(tokens(7)), lambda step: loss_of(model, step))
+
+
+@battery.case()
+def a_thread_that_validates_while_the_loop_calls_the_parts(watch: Watch) -> Iterator[Tensor]:
+    """Neither thread calls the model itself."""
+    model = Net()
+
+    def parts(step: int) -> Tensor:
+        return model.head(through(model.blocks, model.embedding(tokens(step)))).square().mean()
+
+    yield from validated(watch, model, lambda: parts(7), parts)
+
+
+@battery.case()
+def a_thread_that_validates_by_parts(watch: Watch) -> Iterator[Tensor]:
+    model = Net()
+    yield from validated(
+        watch, model, lambda: through(model.blocks, model.embedding(tokens(7))), lambda step: loss_of(model, step)
+    )
+
+
+@battery.case()
+def a_validation_in_the_middle_of_the_model_at_each_training_forward(watch: Watch) -> Iterator[Tensor]:
+    model = Net()
     optimizer = sgd(model)
     watch(model, optimizer)
-    ends = threading.Event()
+    main, steps = threading.get_ident(), 12
+    entered, trained = threading.Semaphore(0), threading.Semaphore(0)
+
+    def hold(*_: Any) -> None:
+        if threading.get_ident() != main:
+            entered.release()
+            trained.acquire()
+
+    model.blocks[1].register_forward_pre_hook(hold)
 
     def validate() -> None:
         with torch.no_grad():
-            while not ends.is_set():
+            for _ in range(steps):
                 model(tokens(7))
 
     thread = threading.Thread(target=validate)
     thread.start()
-    try:
-        for step in range(12):
-            yield update(loss_of(model, step), optimizer)
-    finally:
-        ends.set()
-        thread.join()
+    for step in range(steps):
+        entered.acquire()
+        yield update(loss_of(model, step), optimizer)
+        trained.release()
+    thread.join()
 
 
 @battery.case()
