@@ -20,6 +20,8 @@ PACE_SECONDS = 0.5
 HEARTBEAT_SECONDS = 15.0
 """Idle time after which a comment is sent, because proxies close idle connections."""
 RETRY_MILLISECONDS = 2000
+COMPLETE = b"event: complete\ndata: all runs so far\n\n"
+"""The first events are those of the runs that exist. A run that appears after this event is new."""
 
 
 class EventStreams:
@@ -48,7 +50,7 @@ class EventStreams:
 
     async def follow(self, run: str | None, last_id: str) -> AsyncIterator[bytes]:
         """Yield events of `run`, or of all runs, after the reader's last event. Ends when the server closes."""
-        live_state, silent = self._live_state, 0.0
+        live_state, silent, opened = self._live_state, 0.0, False
         told = resumed(live_state, last_id)
         yield b"retry: %d\n\n" % RETRY_MILLISECONDS
         while not self._closing:
@@ -58,6 +60,9 @@ class EventStreams:
             # Only the last event has the id: after a disconnection in between, the reader gets all of them again.
             identity = f"{live_state.boot}-{told}"
             frames = [frame(summary(view), identity if view is wanted[-1] else "") for view in wanted]
+            if not opened:
+                opened = True
+                frames.append(COMPLETE)
             if not frames and silent >= HEARTBEAT_SECONDS:
                 frames = [b": still here\n\n"]
             silent = 0.0 if frames else silent + PACE_SECONDS

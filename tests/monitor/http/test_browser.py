@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,8 +134,22 @@ def test_the_fleet_hears_of_new_runs_and_of_those_that_end(open_page: Open, moni
     newcomer.goodbye()
     expect(page.locator("tr", has_text="newcomer")).to_contain_text("ended")
     expect(page.locator("#news")).to_have_text("newcomer is ended.")
+    connect(monitor.addresses.endpoint, run="another").hello()
+    expect(page.locator("#news")).to_contain_text("another is ")
     page.get_by_role("link", name=NAME).click()
     expect(page.get_by_role("heading", level=1)).to_have_text(NAME)
+
+
+def test_a_fleet_without_runs_hears_of_the_first_one(
+    open_page: Open, start_monitor: Start, connect: Start, tmp_path: Path
+) -> None:
+    empty = start_monitor(store=tmp_path / "empty.sqlite3")
+    page = open_page("/")
+    page.goto(f"http://{empty.addresses.http}/")
+    live(page)
+    expect(page.locator("#news")).to_have_text("")
+    connect(empty.addresses.endpoint, run="first").hello()
+    expect(page.locator("#news")).to_contain_text("first is ")
 
 
 def test_everything_is_reached_by_keyboard(open_page: Open) -> None:

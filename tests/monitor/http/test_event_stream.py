@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import socket
 import time
@@ -63,7 +64,7 @@ class Reader:
         for line in self.lines:
             if line.startswith("id: "):
                 self.last_id = line.removeprefix("id: ")
-            if line.startswith("data: "):
+            if line.startswith("data: {"):
                 found: dict[str, Any] = json.loads(line.removeprefix("data: "))
                 return found
         raise AssertionError("the stream ended")
@@ -153,7 +154,20 @@ def test_words_with_line_breaks_stay_one_event() -> None:
 def test_silence_is_told_by_comments(read: Callable[..., Reader]) -> None:
     reader = read()
     assert next(reader.lines) == "retry: 2000"
-    assert next(line for line in reader.lines if line) == ": still here"
+    assert next(line for line in reader.lines if line.startswith(":")) == ": still here"
+
+
+@pytest.mark.parametrize("runs", [[], ["one"], ["one", "two"]])
+def test_a_stream_tells_when_it_has_sent_the_runs_that_exist(
+    feed: Feed, read: Callable[..., Reader], runs: list[str]
+) -> None:
+    for run in runs:
+        feed(run)
+    reader = read()
+    names = (line.removeprefix("event: ") for line in reader.lines if line.startswith("event: "))
+    assert list(itertools.islice(names, len(runs) + 1)) == ["run"] * len(runs) + ["complete"]
+    feed("new")
+    assert next(names) == "run"
 
 
 def test_one_stream_too_many_is_refused_in_words(read: Callable[..., Reader]) -> None:

@@ -14,6 +14,7 @@ const words = {
   polling: "no stream, polling every 15 s",
 };
 const told = new Map(); // last state and decision of each run, announced or known from the start
+let complete = false; // true once the stream has sent the runs that exist: further ones are new
 let busy = false;
 let again = false;
 let fallback = 0;
@@ -101,12 +102,16 @@ function find(part, { name, id, href, index }) {
   return all.find((each) => (id && each.id === id) || (href && each.getAttribute("href") === href)) ?? all[index];
 }
 
-// Announce decisions and changes of state to screen readers, but not every snapshot.
+// Announce new runs, decisions and changes of state to screen readers, but not every snapshot.
 function speak({ run, state, last_decision: last }) {
   const now = `${state} ${last?.step} ${last?.reason}`;
   const before = told.get(run);
   told.set(run, now);
-  if (before !== undefined && before !== now) {
+  if (before === undefined) {
+    if (complete) {
+      news.textContent = `${run} is ${state}.`;
+    }
+  } else if (before !== now) {
     const over = !before.startsWith(`${state} `);
     news.textContent = over ? `${run} is ${state}.` : `${run}, step ${last.step}: ${last.reason}`;
   }
@@ -122,6 +127,9 @@ function listen() {
   source.addEventListener("run", (event) => {
     speak(JSON.parse(event.data));
     refresh();
+  });
+  source.addEventListener("complete", () => {
+    complete = true;
   });
   source.addEventListener("error", () => {
     if (source.readyState !== EventSource.CLOSED) {
