@@ -72,7 +72,10 @@ def with_effects(decisions: Iterable[DecisionView], points: Sequence[TimelinePoi
             if each.applied_step is not None and each.direction == "restrain":
                 later = (one for one in applied if one[0] == decision.incarnation and one.step > each.applied_step)
                 known = launches.get(decision.incarnation, [])
-                each = replace(each, effect=effect_of(decision, each.applied_step, next(later, None), known))
+                effect = effect_of(
+                    decision, each.applied_step, next(later, None), known, by_loss=each.command.ceilings is not None
+                )
+                each = replace(each, effect=effect)
             commands.append(each)
         yield replace(decision, commands=tuple(commands))
 
@@ -106,11 +109,17 @@ def _directed(
 
 
 def effect_of(
-    decision: DecisionView, step: int, following: AppliedAction | None, points: Sequence[TimelinePoint]
+    decision: DecisionView,
+    step: int,
+    following: AppliedAction | None,
+    points: Sequence[TimelinePoint],
+    *,
+    by_loss: bool = False,
 ) -> Effect:
     """Compare the snapshots up to the decision with those after `step`, up to the `following` action.
 
-    `points` are those of the decision's own launch, sorted by step.
+    `points` are those of the decision's own launch, sorted by step. With `by_loss` the risk does not count, as for
+    ceilings: the rate stays, and the risk with it.
     """
     place = bisect_right(points, decision.step, key=_step)
     before = points[max(0, place - WINDOW) : place]
@@ -120,7 +129,8 @@ def effect_of(
     after = points[first : min(last, first + WINDOW)]
     old, new = _losses(before), _losses(after)
     risk_after = median([point.risk for point in after])
-    verdict, why = _verdict(decision.risk, risk_after, old, after, following if len(after) < WINDOW else None)
+    cut = following if len(after) < WINDOW else None
+    verdict, why = _verdict(decision.risk, risk_after, old, after, cut, by_loss=by_loss)
     return Effect(
         num_before=len(before),
         num_after=len(after),
@@ -139,6 +149,8 @@ def _verdict(
     old: Sequence[float],
     after: Sequence[TimelinePoint],
     cut: AppliedAction | None,
+    *,
+    by_loss: bool,
 ) -> tuple[EffectVerdict, str]:
     """Return the verdict and its reason; `cut` is the action that ended the comparison early."""
     if any(point.broken for point in after):
@@ -155,6 +167,8 @@ def _verdict(
         words = f"the risk {_WORDS[risk]}, the loss {_WORDS[loss]}"
     if cut is not None and cut.direction == "restrain":
         return "not enough", f"{words}, and another such command followed at step {cut.step}"
+    if by_loss:
+        return ("helped" if loss < 0 else "did not help" if loss > 0 else "unclear"), f"{words}; the rate stays"
     if risk > 0 or (risk == 0 and loss > 0):
         return "did not help", words
     return ("helped" if risk < 0 and loss <= 0 else "unclear"), words

@@ -62,6 +62,25 @@ def test_whether_it_helped(after: list[float], losses: list[float | None], verdi
     assert (found.effect.risk_before, found.effect.num_before, found.effect.num_after) == (0.9, 8, min(len(after), 8))
 
 
+@pytest.mark.parametrize(
+    ("after", "losses", "verdict", "why"),
+    [
+        ([0.99] * 8, [2.0] * 8, "helped", "the risk rose, the loss fell; the rate stays"),
+        ([0.99] * 8, [3.0] * 8, "unclear", "the risk rose, the loss held; the rate stays"),
+        ([0.1] * 8, [9.0] * 8, "did not help", "the risk fell, the loss rose; the rate stays"),
+        ([0.99] * 8, [None] * 8, "unclear", "the risk rose, the loss is not known; the rate stays"),
+        ([0.1] * 8, [3.0] * 7 + [math.nan], "did not help", "afterwards the states or the loss were not finite"),
+    ],
+)
+def test_ceilings_are_judged_by_the_loss(
+    after: list[float], losses: list[float | None], verdict: str, why: str
+) -> None:
+    ceilings = decided(9, ack=10, kind="set_ceilings", lr_scale=None, ceilings={0: 0.8})
+    (found,) = effects([ceilings], [*BEFORE, *points(11, after, losses)])
+    assert found.effect is not None
+    assert (found.effect.verdict, found.effect.why) == (verdict, why)
+
+
 def test_the_snapshot_at_the_step_of_the_ack_is_from_before() -> None:
     seen = [*BEFORE, point(10, risk=0.99, loss=9.0), *points(11, [0.1] * 8, [3.0] * 8)]
     (found,) = effects([decided(9, ack=10)], seen)
