@@ -66,7 +66,7 @@ GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("koopmon/monitor/pending_commands.py",), ("tests/monitor/test_pending_commands.py",)),
     (("koopmon/monitor/assembler.py",), ("tests/monitor/test_assembler.py",)),
     (
-        ("koopmon/monitor/registry.py",),
+        ("koopmon/monitor/registry.py", "koopmon/monitor/run.py", "koopmon/monitor/turnover.py"),
         ("tests/monitor/test_registry.py", "tests/monitor/test_sinks.py", "tests/monitor/test_service.py"),
     ),
     (("koopmon/agent/capture/schedule.py",), ("tests/agent/capture/test_schedule.py",)),

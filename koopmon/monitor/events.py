@@ -13,7 +13,7 @@ from koopmon.history.plain_profile import PlainProfile
 from koopmon.monitor.engine import Result
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.pending_commands import Answered
-from koopmon.monitor.registry import Run
+from koopmon.monitor.run import Run
 from koopmon.monitor.run_controller import Assessment
 from koopmon.risk.band import BandReading
 from koopmon.telemetry.metrics import ErrorPart

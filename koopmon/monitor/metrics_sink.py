@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from koopmon.history.schema import RunState
 from koopmon.monitor import events
-from koopmon.monitor.registry import Run
+from koopmon.monitor.run import Run
 from koopmon.monitor.run_controller import Assessment
 from koopmon.risk.band import BandReading
 from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, RUN_STATES, Metrics

@@ -9,7 +9,7 @@ from urllib.parse import quote
 from koopmon.config import NotifyEvent
 from koopmon.history.schema import RunState
 from koopmon.monitor import events
-from koopmon.monitor.registry import Run
+from koopmon.monitor.run import Run
 from koopmon.monitor.run_controller import Assessment
 from koopmon.notify.message import Notification
 from koopmon.notify.notifier import Notify

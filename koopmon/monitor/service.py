@@ -32,8 +32,9 @@ from koopmon.monitor.log_sink import LogSink
 from koopmon.monitor.metrics_sink import MetricsSink
 from koopmon.monitor.notify_sink import NotifySink
 from koopmon.monitor.probe_handler import ProbeHandler
-from koopmon.monitor.registry import Run, RunRegistry
+from koopmon.monitor.registry import RunRegistry
 from koopmon.monitor.rejection_log import RejectionLog
+from koopmon.monitor.run import Run
 from koopmon.monitor.run_controller import Assessment, RunController
 from koopmon.notify.notifier import Notify, no_notifications
 from koopmon.risk.calibration import Calibrator

@@ -16,7 +16,8 @@ from koopmon.history.reader import HistoryReader
 from koopmon.monitor import events
 from koopmon.monitor.failures import Failures
 from koopmon.monitor.http.live_state import LiveState
-from koopmon.monitor.registry import Run, RunRegistry
+from koopmon.monitor.registry import RunRegistry
+from koopmon.monitor.run import Run
 from koopmon.telemetry.metrics import Metrics
 from koopmon.wire.messages import Command, MonitorMessage
 from tests import factories

@@ -26,7 +26,8 @@ from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.log_sink import LogSink
 from koopmon.monitor.metrics_sink import MetricsSink
 from koopmon.monitor.pending_commands import PendingCommands
-from koopmon.monitor.registry import Peer, Run, RunRegistry
+from koopmon.monitor.registry import RunRegistry
+from koopmon.monitor.run import Peer, Run
 from koopmon.monitor.run_controller import RunController
 from koopmon.monitor.service import Service
 from koopmon.telemetry.metrics import Metrics

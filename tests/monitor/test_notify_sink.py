@@ -19,7 +19,8 @@ from koopmon.history.schema import RunState
 from koopmon.monitor import events
 from koopmon.monitor.notify_sink import MEANS_ACTION, MEANS_ALARM, MEANS_RETURN, NotifySink
 from koopmon.monitor.pending_commands import Answered
-from koopmon.monitor.registry import Run, RunRegistry
+from koopmon.monitor.registry import RunRegistry
+from koopmon.monitor.run import Run
 from koopmon.monitor.run_controller import Assessment, RunController
 from koopmon.notify.message import Notification
 from koopmon.risk.causes import CAUSES

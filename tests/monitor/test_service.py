@@ -10,7 +10,8 @@ import msgspec
 import pytest
 
 from koopmon.config import from_mapping
-from koopmon.monitor.registry import LAST_STEP, Run, RunRegistry
+from koopmon.monitor.registry import LAST_STEP, RunRegistry
+from koopmon.monitor.run import Run
 from koopmon.monitor.service import MANY_RANKS, SHOW_SECONDS
 from koopmon.wire.messages import MAX_STEP, Applied, Goodbye, Heartbeat, HeartbeatReply, Welcome
 from tests.monitor.world import GOOD, World

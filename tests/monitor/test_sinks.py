@@ -21,7 +21,8 @@ from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.log_sink import LogSink
 from koopmon.monitor.metrics_sink import MetricsSink
 from koopmon.monitor.pending_commands import Answered
-from koopmon.monitor.registry import Run, RunRegistry
+from koopmon.monitor.registry import RunRegistry
+from koopmon.monitor.run import Run
 from koopmon.monitor.run_controller import Assessment
 from koopmon.telemetry.metrics import KEPT_WHEN_VANISHED, Metrics
 from koopmon.wire.messages import MAX_LOGGED, Command, LoggedScalar, TrainingStep

@@ -17,7 +17,7 @@ from typing import TypeVar
 from koopmon.history.plain_profile import PlainProfile
 from koopmon.history.schema import RunState
 from koopmon.monitor import events
-from koopmon.monitor.registry import Run
+from koopmon.monitor.run import Run
 from koopmon.monitor.run_controller import Assessment, RunController
 from koopmon.policy import Decision
 from koopmon.risk.band import BandReading

@@ -13,7 +13,8 @@ from koopmon.history.plain_profile import PlainProfile
 from koopmon.monitor import events
 from koopmon.monitor.http.live_state import LiveState
 from koopmon.monitor.pending_commands import Answered
-from koopmon.monitor.registry import Run, RunRegistry
+from koopmon.monitor.registry import RunRegistry
+from koopmon.monitor.run import Run
 from koopmon.monitor.run_controller import Assessment, RunController
 from koopmon.spectral import SpectralProfile, profile_states
 from koopmon.views.run_view import RunView
