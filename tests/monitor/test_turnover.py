@@ -26,7 +26,7 @@ def test_a_peer_alone_begins_half_and_the_time_frees_it() -> None:
     most = MAX_LAUNCHES + 2 * MAX_TURNOVER
     begun = sum(begin(turnover, 0.0, b"a") for _ in range(200))
     assert begun == most // 2
-    with pytest.raises(ProtocolError, match="34 of them from this peer; 34 more are allowed.*wait a minute"):
+    with pytest.raises(ProtocolError, match=r"34 of them from this peer; 34 more are allowed.*wait a minute"):
         turnover.check(WINDOW_SECONDS - 0.1, b"a")
     assert begin(turnover, WINDOW_SECONDS, b"a")
 
