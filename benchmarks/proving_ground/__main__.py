@@ -23,6 +23,7 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -200,7 +201,7 @@ def rules_part(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def projection_part(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return the final losses by arm and rate, and the number of steps under ceilings."""
+    """Return the final losses by arm and rate, the number of steps under ceilings, and the largest radii."""
     arms = [arm for arm in PROJECTED if of(runs, arm=arm)]
     rates = {arm: [lr for lr in PROJECTED_RATES if of(runs, arm=arm, lr=lr)] for arm in arms}
     losses = {
@@ -212,7 +213,16 @@ def projection_part(runs: Sequence[Run]) -> dict[str, Any]:
         for arm in arms
         if arm != "backoff"
     }
-    return {"losses": losses, "held_steps": held}
+    radii = {
+        arm: {f"{lr:g}": [late_radius(run) for run in of(runs, arm=arm, lr=lr)] for lr in rates[arm]} for arm in held
+    }
+    return {"losses": losses, "held_steps": held, "late_radii": radii}
+
+
+def late_radius(run: Run) -> float:
+    """Return the largest spectral radius of a block: its median over the snapshots of the second half."""
+    late = run.series["profile_step"] >= run.case.steps // 2
+    return round(float(np.median(run.series["spectral_radius"][late].max(axis=1))), 2)
 
 
 def faults_part(runs: Sequence[Run], plan: Plan) -> dict[str, Any]:

@@ -153,7 +153,12 @@ def _projection(model: Document) -> list[str]:
         ]
         rows.append([ARMS[arm], *cells, f"{sum(near)} of {len(near)}"])
     heading = f"{title(model)}, {_count(len(told['seeds']), 'seed')}"
-    return table([heading, *rates, f"within {NEAR:g} of the best, above the best rate"], rows)
+    found = table([heading, *rates, f"within {NEAR:g} of the best, above the best rate"], rows)
+    radii = told.get("late_radii", {}).get("projection", {})
+    if radii:
+        words = ", ".join(f"{statistics.fmean(each):.2g} at {rate}" for rate, each in radii.items())
+        found += ["", *paragraph([f"The largest spectral radius of a block under `kss`, in the second half: {words}."])]
+    return found
 
 
 def _first(model: Document, arm: str, rate: str, seeds: Sequence[int]) -> Sequence[float]:

@@ -11,7 +11,17 @@ from torch import nn
 
 from benchmarks.campaign import Kept
 from benchmarks.proving_ground import text
-from benchmarks.proving_ground.__main__ import LARGE, SMALL, Model, Plan, analyse, fault_cases, merged, signed
+from benchmarks.proving_ground.__main__ import (
+    LARGE,
+    SMALL,
+    Model,
+    Plan,
+    analyse,
+    fault_cases,
+    late_radius,
+    merged,
+    signed,
+)
 from benchmarks.proving_ground.clipping import AdaGC, ZClip, gradient_rule
 from benchmarks.proving_ground.models import FAMILIES, NORMS, LanguageModel, attentions, build, largest_logit, rotate
 from benchmarks.proving_ground.optimizers import OPTIMIZERS, set_rate
@@ -408,3 +418,9 @@ def test_the_recorder_has_the_signals_of_the_agent() -> None:
     assert np.isnan(series["update_rms"][0, 0]), "before the first step there is no second moment"
     assert np.isfinite(series["update_rms"][1:]).all()
     assert series["log_partition"][0, 0] == pytest.approx(math.log(256), rel=0.05)
+
+
+def test_late_radii_are_those_of_the_second_half() -> None:
+    radii = np.array([[9.0, 1.0], [9.0, 1.0], [1.5, 3.0], [4.0, 2.0], [1.0, 2.0]])
+    run = kept(steps=100, series={"profile_step": np.array([10, 49, 50, 60, 99]), "spectral_radius": radii})
+    assert late_radius(run) == 3.0
