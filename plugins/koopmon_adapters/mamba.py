@@ -27,7 +27,9 @@ class MambaAdapter(ArchitectureAdapter):
     """Blocks with selective state spaces (Mamba-1 and Mamba-2), also among blocks of other kinds.
 
     Flags: "hybrid" if some blocks of the stack hold no state space, as in stacks that alternate with attention.
-    Thresholds and KSS settings are the general ones; `benchmarks.family_alarms` evaluates the thresholds.
+    Normalised state spaces train best at three times the rate of transformers, and their update ratios change faster
+    there (`benchmarks.proving_ground`). The thresholds for normalised layers are higher for that. KSS settings are the
+    general ones.
 
     The observables are of the state path's own spectrum, the discretised diagonal recurrence exp(dt * A). The step
     sizes dt are recomputed from the mixer's input, because fused kernels do not expose them.
@@ -57,6 +59,9 @@ class MambaAdapter(ArchitectureAdapter):
                 found.append(Observable("state_radius", point.layer, mixer, self._radius))
                 found.append(Observable("state_near_unit_mass", point.layer, mixer, self._near_unit_mass))
         return found
+
+    def thresholds(self) -> Mapping[str, float]:
+        return {"normalized_critical_rate": 1.5, "normalized_scale": 0.84}
 
     def _radius(self, mixer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor | None:
         hidden = self._hidden(mixer, args, kwargs)

@@ -424,3 +424,11 @@ def test_late_radii_are_those_of_the_second_half() -> None:
     radii = np.array([[9.0, 1.0], [9.0, 1.0], [1.5, 3.0], [4.0, 2.0], [1.0, 2.0]])
     run = kept(steps=100, series={"profile_step": np.array([10, 49, 50, 60, 99]), "spectral_radius": radii})
     assert late_radius(run) == 3.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rate", "acts"), [(0.01, False), (0.03, True)])
+def test_state_spaces_are_left_alone_at_their_best_rate(rate: float, acts: bool) -> None:
+    """They learn most at 0.01. The thresholds of transformers alarm there."""
+    scalars, _ = train(Recipe(family="mamba", lr=rate, seed=3, steps=60, batch=8, arm="guarded"))
+    assert (scalars["num_actions"] > 0) == acts
